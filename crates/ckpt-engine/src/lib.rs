@@ -1,2 +1,2 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! ckpt-engine
+//! The engine: dump and restore, one file per kind of kernel resource.

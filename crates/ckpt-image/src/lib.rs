@@ -1,2 +1,2 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! ckpt-image
+//! The image: header, framed records, page runs, and the store that holds checkpoints.

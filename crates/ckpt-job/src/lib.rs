@@ -1,2 +1,2 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! ckpt-job
+//! A job: its namespaces, its init, its registry entry and its terminal.

@@ -1,2 +1,2 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! ckpt-sys
+//! All unsafe system calls of ckpt, one file per family.
