@@ -1,2 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! All unsafe system calls of ckpt, one file per family.
+//!
+//! Everything above this crate is safe Rust. What depends on the instruction set is in [`arch`].
+
+pub mod arch;
+pub mod area;
+pub mod clock;
+pub mod descriptor;
+pub mod inject;
+pub mod memory;
+pub mod ptrace;
+pub mod socket;
+pub mod task;
+
+pub use nix::errno::Errno;
+pub use nix::unistd::Pid;
+pub use libc;

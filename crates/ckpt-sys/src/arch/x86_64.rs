@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! x86_64: registers of a stopped task, system call conventions, and the two pieces of machine code that ckpt runs
+//! inside a tracee: the loop of a blank task, and the self-finishing block of a live one.
+
+use std::arch::{global_asm, x86_64::__cpuid_count};
+
+/// `uname -m` of this architecture, recorded in images.
+pub const NAME: &str = "x86_64";
+/// Length of the instruction that enters the kernel.
+pub const SYSCALL_INSN_BYTES: u64 = 2;
+/// End of the address space a process can map (47 bits), less the guard page.
+pub const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+
+/// Registers as PTRACE_GETREGS gives them (`sys/user.h`).
+pub type Registers = libc::user_regs_struct;
+
+/// The registers as a plain array in the order of `user_regs_struct`, for records.
+pub fn registers_to_words(r: &Registers) -> [u64; 27] {
+    [
+        r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi, r.rdi,
+        r.orig_rax, r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base, r.gs_base, r.ds, r.es, r.fs, r.gs,
+    ]
+}
+
+/// The inverse of [`registers_to_words`].
+pub fn registers_from_words(w: &[u64; 27]) -> Registers {
+    Registers {
+        r15: w[0],
+        r14: w[1],
+        r13: w[2],
+        r12: w[3],
+        rbp: w[4],
+        rbx: w[5],
+        r11: w[6],
+        r10: w[7],
+        r9: w[8],
+        r8: w[9],
+        rax: w[10],
+        rcx: w[11],
+        rdx: w[12],
+        rsi: w[13],
+        rdi: w[14],
+        orig_rax: w[15],
+        rip: w[16],
+        cs: w[17],
+        eflags: w[18],
+        rsp: w[19],
+        ss: w[20],
+        fs_base: w[21],
+        gs_base: w[22],
+        ds: w[23],
+        es: w[24],
+        fs: w[25],
+        gs: w[26],
+    }
+}
+
+/// True if the registers belong to a 32-bit task (code segment of compatibility mode).
+pub fn is_compat(r: &Registers) -> bool {
+    r.cs == 0x23
+}
+
+/// Registers that make the task execute one system call at `rip`, which must hold a `syscall` instruction.
+pub fn with_syscall(base: &Registers, rip: u64, nr: i64, args: [u64; 6]) -> Registers {
+    let mut r = *base;
+    r.rip = rip;
+    r.rax = nr as u64;
+    r.orig_rax = u64::MAX;
+    [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = args;
+    r
+}
+
+const ERESTARTSYS: i64 = -512;
+const ERESTARTNOINTR: i64 = -513;
+const ERESTARTNOHAND: i64 = -514;
+const ERESTART_RESTARTBLOCK: i64 = -516;
+
+/// System calls that return EINTR after a ptrace interrupt although no signal came (the kernel does not restart them
+/// by itself; signal(7), "Interruption of system calls by stop signals").
+const EINTR_AFTER_STOP: [i64; 13] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_io_getevents,
+    libc::SYS_read,
+];
+
+/// What a stop did to the system call the task was in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interrupted {
+    /// Not in a system call, or one that had finished.
+    No,
+    /// The kernel restarts it by itself when it leaves the stop.
+    ByKernel,
+    /// The kernel continues it with restart_syscall(2), from state that it keeps in the task.
+    ByRestartBlock,
+    /// The kernel would return EINTR; ckpt must issue it again.
+    ByUs,
+}
+
+/// Classifies the stop. `quiet`: no deliverable signal is pending, so an EINTR is the stop's own doing.
+pub fn interrupted(r: &Registers, quiet: bool) -> Interrupted {
+    if (r.orig_rax as i64) < 0 {
+        return Interrupted::No;
+    }
+    match r.rax as i64 {
+        ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND => Interrupted::ByKernel,
+        ERESTART_RESTARTBLOCK => Interrupted::ByRestartBlock,
+        n if n == -i64::from(libc::EINTR) && quiet && EINTR_AFTER_STOP.contains(&(r.orig_rax as i64)) => {
+            Interrupted::ByUs
+        }
+        _ => Interrupted::No,
+    }
+}
+
+/// Registers with which the task executes its interrupted call again, in user mode and without the kernel's help.
+pub fn reissued(r: &Registers) -> Registers {
+    let mut r = *r;
+    r.rip -= SYSCALL_INSN_BYTES;
+    r.rax = r.orig_rax;
+    r.orig_rax = u64::MAX;
+    r
+}
+
+/// Registers for a live task to go on with, at a stop in which the kernel still handles restarts.
+pub fn resume_live(r: &Registers, quiet: bool) -> Registers {
+    match interrupted(r, quiet) {
+        Interrupted::ByUs => reissued(r),
+        _ => *r,
+    }
+}
+
+/// Registers for a restored task. A restart block doesn't survive in an image, so the call starts over.
+pub fn resume_restored(r: &Registers, quiet: bool) -> Registers {
+    match interrupted(r, quiet) {
+        Interrupted::ByUs => reissued(r),
+        Interrupted::ByRestartBlock => {
+            let mut r = *r;
+            r.rax = ERESTARTNOHAND as u64;
+            r
+        }
+        _ => *r,
+    }
+}
+
+// The loop of a blank task. rbx: next entry {nr, six arguments, result, three addresses that get the result too}, r13:
+// how many are left. Ends with int3.
+global_asm!(
+    ".pushsection .rodata.ckpt_blank, \"a\", @progbits",
+    ".globl ckpt_blank_start",
+    ".globl ckpt_blank_end",
+    "ckpt_blank_start:",
+    "test r13, r13",
+    "jz 2f",
+    "mov rax, [rbx]",
+    "mov rdi, [rbx + 8]",
+    "mov rsi, [rbx + 16]",
+    "mov rdx, [rbx + 24]",
+    "mov r10, [rbx + 32]",
+    "mov r8, [rbx + 40]",
+    "mov r9, [rbx + 48]",
+    "syscall",
+    "mov [rbx + 56], rax",
+    "mov rcx, [rbx + 64]",
+    "mov [rcx], rax",
+    "mov rcx, [rbx + 72]",
+    "mov [rcx], rax",
+    "mov rcx, [rbx + 80]",
+    "mov [rcx], rax",
+    "add rbx, 96",
+    "dec r13",
+    "jmp ckpt_blank_start",
+    "2: int3",
+    "jmp ckpt_blank_start",
+    "ckpt_blank_end:",
+    ".popsection",
+);
+
+// The self-finishing block of a live task. Whatever instruction the tracer dies at, the task falls through here:
+// unmaps the scratch page, puts flags, signal mask and registers back and goes on where it was. It writes to no memory
+// of the application; in particular it leaves the stack alone, which may be a few bytes that someone else manages.
+// Flags are restored while signals are still masked, as `popfq` needs rsp to point here for a moment.
+global_asm!(
+    ".pushsection .rodata.ckpt_live, \"a\", @progbits",
+    ".globl ckpt_live_start",
+    ".globl ckpt_live_data",
+    ".globl ckpt_live_end",
+    ".balign 8",
+    "ckpt_live_start:",
+    "syscall",
+    "mov eax, 11",
+    "mov rdi, [rip + ckpt_live_data + 0]",
+    "mov rsi, [rip + ckpt_live_data + 8]",
+    "syscall",
+    "lea rsp, [rip + ckpt_live_data + 24]",
+    "popfq",
+    "mov rsp, [rip + ckpt_live_data + 32]",
+    "mov eax, 14",
+    "mov edi, 2",
+    "lea rsi, [rip + ckpt_live_data + 16]",
+    "mov edx, 0",
+    "mov r10d, 8",
+    "syscall",
+    "mov r15, [rip + ckpt_live_data + 48]",
+    "mov r14, [rip + ckpt_live_data + 56]",
+    "mov r13, [rip + ckpt_live_data + 64]",
+    "mov r12, [rip + ckpt_live_data + 72]",
+    "mov rbp, [rip + ckpt_live_data + 80]",
+    "mov rbx, [rip + ckpt_live_data + 88]",
+    "mov r11, [rip + ckpt_live_data + 96]",
+    "mov r10, [rip + ckpt_live_data + 104]",
+    "mov r9, [rip + ckpt_live_data + 112]",
+    "mov r8, [rip + ckpt_live_data + 120]",
+    "mov rax, [rip + ckpt_live_data + 128]",
+    "mov rcx, [rip + ckpt_live_data + 136]",
+    "mov rdx, [rip + ckpt_live_data + 144]",
+    "mov rsi, [rip + ckpt_live_data + 152]",
+    "mov rdi, [rip + ckpt_live_data + 160]",
+    "jmp qword ptr [rip + ckpt_live_data + 40]",
+    ".balign 8",
+    "ckpt_live_data:",
+    ".fill 22, 8, 0",
+    "ckpt_live_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static ckpt_blank_start: u8;
+    static ckpt_blank_end: u8;
+    static ckpt_live_start: u8;
+    static ckpt_live_data: u8;
+    static ckpt_live_end: u8;
+}
+
+/// The code of a blank task's loop.
+pub fn blank_code() -> &'static [u8] {
+    // SAFETY: both symbols bound the one read-only section defined above, start before end.
+    unsafe {
+        let start = &raw const ckpt_blank_start;
+        std::slice::from_raw_parts(start, (&raw const ckpt_blank_end).offset_from(start) as usize)
+    }
+}
+
+/// What the self-finishing block puts back.
+#[derive(Debug, Clone, Copy)]
+pub struct LiveFinish {
+    /// The mapping to remove, address and length in bytes; nothing need be mapped there.
+    pub scratch: (u64, u64),
+    /// The task's signal mask.
+    pub mask: u64,
+    /// Registers to go on with, when no tracer is there to let the kernel restart a call.
+    pub registers: Registers,
+}
+
+/// The self-finishing block, ready to be written into the tracee. Its first instruction is a `syscall`.
+pub fn live_block(f: &LiveFinish, quiet: bool) -> Vec<u8> {
+    // SAFETY: the three symbols bound the one read-only section defined above, in this order.
+    let (code, data) = unsafe {
+        let start = &raw const ckpt_live_start;
+        let end = &raw const ckpt_live_end;
+        let data = &raw const ckpt_live_data;
+        (std::slice::from_raw_parts(start, end.offset_from(start) as usize), data.offset_from(start) as usize)
+    };
+    let mut r = f.registers;
+    match interrupted(&r, quiet) {
+        Interrupted::No => {}
+        Interrupted::ByKernel | Interrupted::ByUs => r = reissued(&r),
+        Interrupted::ByRestartBlock => {
+            r = reissued(&r);
+            r.rax = libc::SYS_restart_syscall as u64;
+        }
+    }
+    let words = [
+        f.scratch.0, f.scratch.1, f.mask, r.eflags, r.rsp, r.rip, r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11,
+        r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi, r.rdi,
+    ];
+    let mut block = code.to_vec();
+    for (i, w) in words.iter().enumerate() {
+        block[data + i * 8..data + i * 8 + 8].copy_from_slice(&w.to_le_bytes());
+    }
+    block
+}
+
+/// Registers that make a blank task run `count` entries at `entries` with the loop at `code`.
+pub fn blank_registers(base: &Registers, code: u64, entries: u64, count: u64) -> Registers {
+    let mut r = *base;
+    r.rip = code;
+    r.rbx = entries;
+    r.r13 = count;
+    r.orig_rax = u64::MAX;
+    r
+}
+
+/// CPU features a restored process may rely on: CPUID leaves 1, 7.0, 7.1, and 0xD.0/0xD.1, as raw words.
+pub fn cpu_features() -> [u8; 64] {
+    let mut out = [0u8; 64];
+    let (l1, l7, l71) = (__cpuid_count(1, 0), __cpuid_count(7, 0), __cpuid_count(7, 1));
+    let (d0, d1) = (__cpuid_count(0xd, 0), __cpuid_count(0xd, 1));
+    // OSXSAVE and the APIC id vary between CPUs of one machine; only feature words are kept.
+    let words =
+        [l1.ecx, l1.edx, l7.ebx, l7.ecx, l7.edx & !(1 << 29), l71.eax, d0.eax, d0.edx, d1.eax, d0.ecx];
+    for (i, w) in words.iter().enumerate() {
+        out[i * 4..i * 4 + 4].copy_from_slice(&w.to_le_bytes());
+    }
+    out
+}
+
+/// True if this CPU has every feature in `needed`, as [`cpu_features`] gave them. The last word is the size in bytes of
+/// the register state, which must not have grown smaller.
+pub fn cpu_has(needed: &[u8; 64]) -> bool {
+    let have = cpu_features();
+    let word = |b: &[u8; 64], i: usize| u32::from_le_bytes([b[i * 4], b[i * 4 + 1], b[i * 4 + 2], b[i * 4 + 3]]);
+    (0..9).all(|i| word(needed, i) & !word(&have, i) == 0) && word(needed, 9) <= word(&have, 9)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_round_trip() {
+        let mut w = [0u64; 27];
+        for (i, v) in w.iter_mut().enumerate() {
+            *v = 0x1000 + i as u64;
+        }
+        assert_eq!(registers_to_words(&registers_from_words(&w)), w);
+    }
+
+    #[test]
+    fn this_cpu_has_its_own_features() {
+        let mut f = cpu_features();
+        assert!(cpu_has(&f));
+        f[3] ^= 0x80; // hypervisor bit of leaf 1 ecx: flips between virtual and bare machines
+        f[0] = 0xff;
+        f[1] = 0xff;
+        f[2] = 0xff;
+        f[3] = 0xff;
+        assert!(!cpu_has(&f));
+    }
+
+    #[test]
+    fn eintr_is_ours_only_when_quiet() {
+        let mut r = registers_from_words(&[0; 27]);
+        r.orig_rax = libc::SYS_epoll_wait as u64;
+        r.rax = (-i64::from(libc::EINTR)) as u64;
+        assert_eq!(interrupted(&r, true), Interrupted::ByUs);
+        assert_eq!(interrupted(&r, false), Interrupted::No);
+        r.orig_rax = u64::MAX;
+        assert_eq!(interrupted(&r, true), Interrupted::No);
+    }
+}

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What can be asked of a descriptor that nix has no safe call for.
+
+use nix::errno::Errno;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+type Result<T> = std::result::Result<T, Errno>;
+
+fn fcntl(fd: BorrowedFd<'_>, command: i32, arg: u64) -> Result<i32> {
+    // SAFETY: private; `arg` is a number, or the address of a live object of the size the command expects.
+    Errno::result(unsafe { libc::fcntl(fd.as_raw_fd(), command, arg) })
+}
+
+/// Status flags and access mode (F_GETFL).
+///
+/// # Errors
+/// EBADF never, the descriptor being borrowed.
+pub fn flags(fd: BorrowedFd<'_>) -> Result<i32> {
+    fcntl(fd, libc::F_GETFL, 0)
+}
+
+/// Capacity of a pipe in bytes (F_GETPIPE_SZ).
+///
+/// # Errors
+/// EBADF if it is no pipe.
+pub fn pipe_capacity(fd: BorrowedFd<'_>) -> Result<i32> {
+    fcntl(fd, libc::F_GETPIPE_SZ, 0)
+}
+
+/// Seals of a memfd (F_GET_SEALS).
+///
+/// # Errors
+/// EINVAL if it can't have seals.
+pub fn seals(fd: BorrowedFd<'_>) -> Result<i32> {
+    fcntl(fd, libc::F_GET_SEALS, 0)
+}
+
+/// Who gets SIGIO (F_GETOWN_EX: type and id, as seen in the caller's pid namespace) and which signal (F_GETSIG).
+///
+/// # Errors
+/// Those of fcntl(2).
+pub fn owner(fd: BorrowedFd<'_>) -> Result<(i32, i32, i32)> {
+    const F_GETOWN_EX: i32 = 16;
+    const F_GETSIG: i32 = 11;
+    let mut ex = [0i32; 2];
+    fcntl(fd, F_GETOWN_EX, ex.as_mut_ptr() as u64)?;
+    Ok((ex[0], ex[1], fcntl(fd, F_GETSIG, 0)?))
+}
+
+/// Bytes ready to be read (FIONREAD).
+///
+/// # Errors
+/// ENOTTY where it has no meaning.
+pub fn readable_bytes(fd: BorrowedFd<'_>) -> Result<i32> {
+    let mut n = 0i32;
+    // SAFETY: FIONREAD writes one int.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut n) })?;
+    Ok(n)
+}
+
+/// A copy of everything in a pipe, leaving it there (tee(2) into a pipe of at least that capacity).
+///
+/// # Errors
+/// Those of tee(2) and pipe2(2).
+pub fn peek_pipe(read_end: BorrowedFd<'_>) -> Result<Vec<u8>> {
+    let capacity = pipe_capacity(read_end)?;
+    let (r, w) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)?;
+    // A refusal (fs.pipe-user-pages-soft) is noticed below, when not everything fits.
+    {
+        use std::os::fd::AsFd;
+        let _ = fcntl(w.as_fd(), libc::F_SETPIPE_SZ, capacity as u64);
+    }
+    let queued = readable_bytes(read_end)? as usize;
+    if queued == 0 {
+        return Ok(Vec::new());
+    }
+    // SAFETY: tee takes two descriptors and numbers.
+    let n = Errno::result(unsafe {
+        libc::tee(read_end.as_raw_fd(), w.as_raw_fd(), i32::MAX as usize, libc::SPLICE_F_NONBLOCK)
+    })? as usize;
+    if n < queued {
+        return Err(Errno::ENOBUFS);
+    }
+    drop(w);
+    let mut out = vec![0u8; n];
+    let mut done = 0;
+    while done < n {
+        match nix::unistd::read(&r, &mut out[done..])? {
+            0 => return Err(Errno::EIO),
+            k => done += k,
+        }
+    }
+    Ok(out)
+}
+
+/// The kernel's `struct termios2`, 44 bytes, and `struct winsize`, 8 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Terminal {
+    /// TCGETS2.
+    pub termios: [u8; 44],
+    /// TIOCGWINSZ.
+    pub winsize: [u8; 8],
+}
+
+/// Settings of a terminal.
+///
+/// # Errors
+/// ENOTTY.
+pub fn terminal(fd: BorrowedFd<'_>) -> Result<Terminal> {
+    let mut t = Terminal { termios: [0; 44], winsize: [0; 8] };
+    // SAFETY: TCGETS2 writes 44 bytes, TIOCGWINSZ 8.
+    unsafe {
+        Errno::result(libc::ioctl(fd.as_raw_fd(), libc::TCGETS2, t.termios.as_mut_ptr()))?;
+        Errno::result(libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, t.winsize.as_mut_ptr()))?;
+    }
+    Ok(t)
+}
+
+/// Puts the settings of a terminal back.
+///
+/// # Errors
+/// ENOTTY.
+pub fn set_terminal(fd: BorrowedFd<'_>, t: &Terminal) -> Result<()> {
+    // SAFETY: TCSETS2 reads 44 bytes, TIOCSWINSZ 8.
+    unsafe {
+        Errno::result(libc::ioctl(fd.as_raw_fd(), libc::TCSETS2, t.termios.as_ptr()))?;
+        Errno::result(libc::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, t.winsize.as_ptr()))?;
+    }
+    Ok(())
+}

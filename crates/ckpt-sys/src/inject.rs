@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! System calls in a live task, which must go on as if nothing had been whenever its tracer dies.
+//!
+//! A block of code that restores everything by itself is written into the zero padding behind the vDSO (a private copy
+//! of that page; nothing is mapped, and no byte that anybody uses is written), the task is pointed at its first
+//! instruction, and each call is stepped by the tracer. A scratch page for results is the first call's doing and the
+//! block's undoing. See docs/adr/0002-live-injection.md.
+
+use crate::arch::{self, LiveFinish, Registers};
+use crate::memory::{self, Forced};
+use crate::ptrace::{self, Stop};
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+/// Bytes of the scratch page.
+pub const SCRATCH_BYTES: u64 = 4096;
+
+/// What an injection can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum InjectError {
+    /// ptrace failed.
+    #[error("task {pid}: {what}: {errno}")]
+    Ptrace {
+        /// The task.
+        pid: Pid,
+        /// The step.
+        what: &'static str,
+        /// Its errno.
+        errno: Errno,
+    },
+    /// The vDSO could not be written.
+    #[error("task {pid}: writing behind the vDSO: {source}")]
+    Memory {
+        /// The task.
+        pid: Pid,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The task did something else than the call.
+    #[error("task {pid}: unexpected stop {stop:?} during a system call of ckpt")]
+    UnexpectedStop {
+        /// The task.
+        pid: Pid,
+        /// The stop.
+        stop: Stop,
+    },
+    /// No place for the code.
+    #[error("task {pid}: its vDSO has no room for {needed} bytes of code")]
+    NoRoom {
+        /// The task.
+        pid: Pid,
+        /// Bytes needed.
+        needed: usize,
+    },
+    /// The call failed.
+    #[error("task {pid}: {what}: {errno}")]
+    Call {
+        /// The task.
+        pid: Pid,
+        /// The call.
+        what: &'static str,
+        /// Its errno.
+        errno: Errno,
+    },
+}
+
+/// Where the code may be written in a process: the zero bytes at the end of its vDSO.
+#[derive(Debug, Clone, Copy)]
+pub struct Padding {
+    /// First byte.
+    pub start: u64,
+    /// One past the last.
+    pub end: u64,
+}
+
+impl Padding {
+    /// Finds it, given the bounds of the vDSO.
+    ///
+    /// # Errors
+    /// EFAULT if the vDSO can't be read.
+    pub fn find(pid: Pid, vdso: std::ops::Range<u64>) -> Result<Padding, Errno> {
+        let mut bytes = vec![0u8; (vdso.end - vdso.start) as usize];
+        memory::read(pid, vdso.start, &mut bytes)?;
+        let used = bytes.iter().rposition(|&b| b != 0).map_or(0, |n| n + 1);
+        // A distance of 16 bytes from the last used one, aligned for the data words.
+        let start = (vdso.start + used as u64 + 16).next_multiple_of(16);
+        Ok(Padding { start: start.min(vdso.end), end: vdso.end })
+    }
+}
+
+/// An injection under way in one stopped task. Dropped without [`Live::close`], the tracee is left to finish by itself.
+#[derive(Debug)]
+pub struct Live {
+    pid: Pid,
+    padding: Padding,
+    block_bytes: usize,
+    saved: Registers,
+    mask: u64,
+    quiet: bool,
+    scratch: u64,
+    mapped: bool,
+}
+
+impl Live {
+    /// Starts an injection into `pid`, which is in an EVENT_STOP. No other task with the same memory may have one.
+    /// `scratch` is a page where nothing is mapped; `quiet`: no deliverable signal is pending; `saved`: the registers
+    /// to go on with.
+    ///
+    /// # Errors
+    /// [`InjectError::NoRoom`], or what ptrace gives; the task is then as it was.
+    pub fn open(
+        pid: Pid,
+        memory: &Forced,
+        padding: Padding,
+        scratch: u64,
+        saved: &Registers,
+        quiet: bool,
+    ) -> Result<Live, InjectError> {
+        let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
+        let mask = ptrace::signal_mask(pid).map_err(err("get signal mask"))?;
+        let finish = LiveFinish { scratch: (scratch, SCRATCH_BYTES), mask, registers: *saved };
+        let block = arch::live_block(&finish, quiet);
+        if padding.end - padding.start < block.len() as u64 {
+            return Err(InjectError::NoRoom { pid, needed: block.len() });
+        }
+        memory.write(padding.start, &block).map_err(|source| InjectError::Memory { pid, source })?;
+        let live =
+            Live { pid, padding, block_bytes: block.len(), saved: *saved, mask, quiet, scratch, mapped: false };
+        // From here on the task finishes by itself: first the registers, then the mask, which the block puts back.
+        let getpid = arch::with_syscall(saved, padding.start, libc::SYS_getpid, [0; 6]);
+        ptrace::set_registers(pid, &getpid).map_err(err("set registers"))?;
+        ptrace::set_signal_mask(pid, u64::MAX).map_err(err("set signal mask"))?;
+        Ok(live)
+    }
+
+    /// The task.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Executes one call and returns its raw result, a negative errno on failure.
+    ///
+    /// # Errors
+    /// If the task could not be driven.
+    pub fn raw(&mut self, nr: i64, args: [u64; 6]) -> Result<i64, InjectError> {
+        let pid = self.pid;
+        let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
+        let r = arch::with_syscall(&self.saved, self.padding.start, nr, args);
+        ptrace::set_registers(pid, &r).map_err(err("set registers"))?;
+        for _ in 0..2 {
+            ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
+            loop {
+                match ptrace::wait(pid).map_err(err("wait"))? {
+                    Stop::Syscall => break,
+                    // A group stop that is in effect reports once more when the task is resumed.
+                    Stop::Event { .. } => ptrace::cont_to_syscall(pid).map_err(err("continue"))?,
+                    stop => return Err(InjectError::UnexpectedStop { pid, stop }),
+                }
+            }
+        }
+        Ok(ptrace::registers(pid).map_err(err("get registers"))?.rax as i64)
+    }
+
+    /// As [`Live::raw`], with an error for a call that failed.
+    ///
+    /// # Errors
+    /// [`InjectError::Call`].
+    pub fn call(&mut self, what: &'static str, nr: i64, args: [u64; 6]) -> Result<u64, InjectError> {
+        let n = self.raw(nr, args)?;
+        if (-4095..0).contains(&n) {
+            return Err(InjectError::Call { pid: self.pid, what, errno: Errno::from_raw(-n as i32) });
+        }
+        Ok(n as u64)
+    }
+
+    /// The scratch page's address; mapped at the first use, zero bytes then.
+    ///
+    /// # Errors
+    /// ENOMEM under RLIMIT_AS, for one.
+    pub fn scratch(&mut self) -> Result<u64, InjectError> {
+        if !self.mapped {
+            let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+            let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
+            let args = [self.scratch, SCRATCH_BYTES, prot, flags, u64::MAX, 0];
+            self.call("mmap of a scratch page", libc::SYS_mmap, args)?;
+            self.mapped = true;
+        }
+        Ok(self.scratch)
+    }
+
+    /// Executes a call that fills `N` bytes at the address `fill` gets, and returns them with the raw result.
+    ///
+    /// # Errors
+    /// As [`Live::raw`].
+    pub fn query<const N: usize>(
+        &mut self,
+        nr: i64,
+        args: impl FnOnce(u64) -> [u64; 6],
+    ) -> Result<(i64, [u8; N]), InjectError> {
+        const { assert!(N as u64 <= SCRATCH_BYTES) };
+        let at = self.scratch()?;
+        let n = self.raw(nr, args(at))?;
+        let mut out = [0u8; N];
+        memory::read(self.pid, at, &mut out)
+            .map_err(|errno| InjectError::Ptrace { pid: self.pid, what: "read scratch page", errno })?;
+        Ok((n, out))
+    }
+
+    /// Ends the injection: the task is back in an EVENT_STOP with everything as it was.
+    ///
+    /// # Errors
+    /// If the task could not be driven; it then finishes by itself.
+    pub fn close(mut self, memory: &Forced) -> Result<(), InjectError> {
+        let pid = self.pid;
+        let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
+        if self.mapped {
+            self.call("munmap of the scratch page", libc::SYS_munmap, [self.scratch, SCRATCH_BYTES, 0, 0, 0, 0])?;
+        }
+        ptrace::interrupt(pid).map_err(err("interrupt"))?;
+        ptrace::cont(pid, 0).map_err(err("continue"))?;
+        match ptrace::wait(pid).map_err(err("wait"))? {
+            Stop::Event { .. } => {}
+            stop => return Err(InjectError::UnexpectedStop { pid, stop }),
+        }
+        ptrace::set_signal_mask(pid, self.mask).map_err(err("set signal mask"))?;
+        ptrace::set_registers(pid, &arch::resume_live(&self.saved, self.quiet)).map_err(err("set registers"))?;
+        memory
+            .write(self.padding.start, &vec![0; self.block_bytes])
+            .map_err(|source| InjectError::Memory { pid, source })
+    }
+}

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Unix sockets: who is connected to whom (sock_diag(7)), and what is queued, without taking it out.
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+type Result<T> = std::result::Result<T, Errno>;
+
+/// One unix socket as sock_diag(7) shows it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UnixSocket {
+    /// SOCK_STREAM, SOCK_DGRAM or SOCK_SEQPACKET.
+    pub kind: u8,
+    /// TCP_ESTABLISHED (1), TCP_CLOSE (7) or TCP_LISTEN (10).
+    pub state: u8,
+    /// Inode of the peer, if there is one.
+    pub peer: Option<u32>,
+    /// True if it is bound to a name.
+    pub named: bool,
+    /// Bit 0: receiving shut down, bit 1: sending shut down.
+    pub shutdown: u8,
+}
+
+fn align4(n: usize) -> usize {
+    n.next_multiple_of(4)
+}
+
+/// All unix sockets of this network namespace by inode.
+///
+/// # Errors
+/// Those of socket(2), send(2), recv(2) on a netlink socket.
+pub fn unix_sockets() -> Result<HashMap<u32, UnixSocket>> {
+    const SOCK_DIAG_BY_FAMILY: u16 = 20;
+    let nl = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
+    let mut req = Vec::new();
+    req.extend_from_slice(&40u32.to_ne_bytes());
+    req.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    req.extend_from_slice(&((libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16).to_ne_bytes());
+    req.extend_from_slice(&[0; 8]); // sequence, port
+    req.extend_from_slice(&[libc::AF_UNIX as u8, 0, 0, 0]); // family, protocol, pad
+    req.extend_from_slice(&u32::MAX.to_ne_bytes()); // all states
+    req.extend_from_slice(&0u32.to_ne_bytes()); // inode
+    req.extend_from_slice(&(1u32 | 4).to_ne_bytes()); // UDIAG_SHOW_NAME | UDIAG_SHOW_PEER
+    req.extend_from_slice(&[0xff; 8]); // cookie: none
+    nix::sys::socket::send(nl.as_raw_fd(), &req, nix::sys::socket::MsgFlags::empty())?;
+    let mut out = HashMap::new();
+    let mut buf = vec![0u8; 256 * 1024];
+    let u16_at = |b: &[u8], i: usize| u16::from_ne_bytes([b[i], b[i + 1]]);
+    let u32_at = |b: &[u8], i: usize| u32::from_ne_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
+    loop {
+        let n = nix::sys::socket::recv(nl.as_raw_fd(), &mut buf, nix::sys::socket::MsgFlags::empty())?;
+        let mut at = 0;
+        while at + 16 <= n {
+            let len = u32_at(&buf, at) as usize;
+            if len < 16 || at + len > n {
+                return Err(Errno::EBADMSG);
+            }
+            match i32::from(u16_at(&buf, at + 4)) {
+                libc::NLMSG_DONE => return Ok(out),
+                libc::NLMSG_ERROR => return Err(Errno::from_raw(-(u32_at(&buf, at + 16) as i32))),
+                _ => {}
+            }
+            let m = &buf[at + 16..at + len];
+            if m.len() >= 16 {
+                let mut s = UnixSocket { kind: m[1], state: m[2], ..UnixSocket::default() };
+                let mut a = 16;
+                while a + 4 <= m.len() {
+                    let alen = u16_at(m, a) as usize;
+                    if alen < 4 || a + alen > m.len() {
+                        break;
+                    }
+                    let v = &m[a + 4..a + alen];
+                    match u16_at(m, a + 2) & 0x3fff {
+                        0 => s.named = !v.is_empty(),
+                        2 if v.len() >= 4 => s.peer = Some(u32_at(v, 0)),
+                        6 if !v.is_empty() => s.shutdown = v[0],
+                        _ => {}
+                    }
+                    a += align4(alen);
+                }
+                out.insert(u32_at(m, 4), s);
+            }
+            at += align4(len);
+        }
+    }
+}
+
+/// One queued message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Queued {
+    /// Its bytes; for a stream whatever one peek gave.
+    pub bytes: Vec<u8>,
+    /// True if descriptors or credentials the caller can't keep came with it.
+    pub carries_descriptors: bool,
+}
+
+/// Everything in the receive queue, in order, left where it is (MSG_PEEK with SO_PEEK_OFF, which is put back).
+///
+/// # Errors
+/// Those of recvmsg(2).
+pub fn peek_queue(fd: BorrowedFd<'_>, stream: bool) -> Result<Vec<Queued>> {
+    let old = get_int(fd, libc::SO_PEEK_OFF)?;
+    set_int(fd, libc::SO_PEEK_OFF, 0)?;
+    let result = peek_all(fd, stream);
+    set_int(fd, libc::SO_PEEK_OFF, old)?;
+    result
+}
+
+fn peek_all(fd: BorrowedFd<'_>, stream: bool) -> Result<Vec<Queued>> {
+    let mut out = Vec::new();
+    // The largest message a unix socket can carry is bounded by its peer's send buffer.
+    let mut buf = vec![0u8; 4 << 20];
+    let mut control = vec![0u64; 1024];
+    loop {
+        let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+        // SAFETY: an all-zero msghdr is a valid one.
+        let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
+        msg.msg_iov = &raw mut iov;
+        msg.msg_iovlen = 1;
+        msg.msg_control = control.as_mut_ptr().cast();
+        msg.msg_controllen = control.len() * 8;
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+        // SAFETY: msg points to live buffers of the stated lengths.
+        let n = match Errno::result(unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut msg, flags) }) {
+            Ok(n) => n as usize,
+            Err(Errno::EAGAIN) => return Ok(out),
+            Err(e) => return Err(e),
+        };
+        if msg.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
+            return Err(Errno::EMSGSIZE);
+        }
+        let mut carries = false;
+        // SAFETY: the control buffer was filled by the kernel and is walked by its own macros.
+        unsafe {
+            let mut c = libc::CMSG_FIRSTHDR(&raw const msg);
+            while !c.is_null() {
+                if (*c).cmsg_level == libc::SOL_SOCKET && (*c).cmsg_type == libc::SCM_RIGHTS {
+                    carries = true;
+                    let fds = ((*c).cmsg_len - libc::CMSG_LEN(0) as usize) / 4;
+                    for i in 0..fds {
+                        let p = libc::CMSG_DATA(c).cast::<i32>().add(i);
+                        // Installed by the peek; closed again.
+                        drop(OwnedFd::from_raw_fd(p.read_unaligned()));
+                    }
+                }
+                c = libc::CMSG_NXTHDR(&raw const msg, c);
+            }
+        }
+        if n == 0 && (stream || out.len() > 4096) {
+            return Ok(out);
+        }
+        if n == 0 && !stream {
+            // An empty datagram can't be told from the end of the queue by its length; SO_PEEK_OFF does not advance
+            // over it, so what is behind it is out of reach.
+            return Err(Errno::ENODATA);
+        }
+        out.push(Queued { bytes: buf[..n].to_vec(), carries_descriptors: carries });
+    }
+}
+
+/// getsockopt(2) of an int at SOL_SOCKET.
+///
+/// # Errors
+/// ENOPROTOOPT.
+pub fn get_int(fd: BorrowedFd<'_>, option: i32) -> Result<i32> {
+    let mut v = 0i32;
+    let mut len = 4u32;
+    // SAFETY: v and len are live and of the stated size.
+    Errno::result(unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, (&raw mut v).cast(), &raw mut len)
+    })?;
+    Ok(v)
+}
+
+/// setsockopt(2) of an int at SOL_SOCKET.
+///
+/// # Errors
+/// ENOPROTOOPT, EINVAL.
+pub fn set_int(fd: BorrowedFd<'_>, option: i32, v: i32) -> Result<()> {
+    // SAFETY: v is live and of the stated size.
+    Errno::result(unsafe {
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const v).cast(), 4)
+    })
+    .map(drop)
+}
+
+/// getsockopt(2) of a `struct timeval` at SOL_SOCKET: seconds, microseconds.
+///
+/// # Errors
+/// ENOPROTOOPT.
+pub fn get_timeout(fd: BorrowedFd<'_>, option: i32) -> Result<[i64; 2]> {
+    let mut v = [0i64; 2];
+    let mut len = 16u32;
+    // SAFETY: v and len are live and of the stated size.
+    Errno::result(unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, v.as_mut_ptr().cast(), &raw mut len)
+    })?;
+    Ok(v)
+}

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Tasks and processes seen from outside: pidfds, kcmp(2), scheduling, robust lists, signals to oneself.
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+use std::cmp::Ordering;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+type Result<T> = std::result::Result<T, Errno>;
+
+fn raw(nr: i64, args: [u64; 6]) -> Result<i64> {
+    // SAFETY: private; callers pass only numbers, or addresses of live objects of the size the call expects.
+    Errno::result(unsafe { libc::syscall(nr, args[0], args[1], args[2], args[3], args[4], args[5]) })
+}
+
+/// pidfd_open(2).
+///
+/// # Errors
+/// ESRCH if there is no such process.
+pub fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
+    let fd = raw(libc::SYS_pidfd_open, [pid.as_raw() as u64, 0, 0, 0, 0, 0])?;
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// pidfd_getfd(2): the same open file description as `fd` of that process.
+///
+/// # Errors
+/// EBADF if it has no such descriptor, EPERM without the right to trace it.
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> Result<OwnedFd> {
+    let fd = raw(libc::SYS_pidfd_getfd, [pidfd.as_raw_fd() as u64, fd as u64, 0, 0, 0, 0])?;
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// What kcmp(2) compares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shared {
+    /// Open file descriptions behind two descriptors.
+    File(i32, i32),
+    /// Address spaces.
+    Memory,
+    /// Descriptor tables.
+    Files,
+    /// Root, working directory, umask.
+    Fs,
+    /// Signal actions.
+    SignalActions,
+    /// System V semaphore undo lists.
+    SemaphoreUndo,
+}
+
+/// kcmp(2): `Equal` means the same kernel object, the others are an order.
+///
+/// # Errors
+/// EPERM without the right to trace both, EBADF.
+pub fn kcmp(a: Pid, b: Pid, what: Shared) -> Result<Ordering> {
+    let (kind, x, y) = match what {
+        Shared::File(x, y) => (0, x, y),
+        Shared::Memory => (1, 0, 0),
+        Shared::Files => (2, 0, 0),
+        Shared::Fs => (3, 0, 0),
+        Shared::SignalActions => (4, 0, 0),
+        Shared::SemaphoreUndo => (6, 0, 0),
+    };
+    let n = raw(libc::SYS_kcmp, [a.as_raw() as u64, b.as_raw() as u64, kind, x as u64, y as u64, 0])?;
+    Ok(match n {
+        0 => Ordering::Equal,
+        1 => Ordering::Less,
+        _ => Ordering::Greater,
+    })
+}
+
+/// True if `target`, a descriptor of `pid`, is the description that epoll instance `epfd` of `pid` watches as
+/// descriptor number `number` (its `offset`-th entry of that number), KCMP_EPOLL_TFD.
+///
+/// # Errors
+/// ENOENT if the epoll instance has no such entry.
+pub fn epoll_watches(pid: Pid, target: i32, epfd: i32, number: i32, offset: u32) -> Result<bool> {
+    let slot = [epfd as u32, number as u32, offset];
+    let args = [pid.as_raw() as u64, pid.as_raw() as u64, 7, target as u64, slot.as_ptr() as u64, 0];
+    Ok(raw(libc::SYS_kcmp, args)? == 0)
+}
+
+/// get_robust_list(2): address and length.
+///
+/// # Errors
+/// EPERM without the right to trace the task.
+pub fn robust_list(tid: Pid) -> Result<(u64, u64)> {
+    let (mut head, mut len) = (0u64, 0u64);
+    raw(
+        libc::SYS_get_robust_list,
+        [tid.as_raw() as u64, &raw mut head as u64, &raw mut len as u64, 0, 0, 0],
+    )?;
+    Ok((head, len))
+}
+
+/// sched_getaffinity(2) as raw bytes.
+///
+/// # Errors
+/// ESRCH.
+pub fn affinity(tid: Pid) -> Result<Vec<u8>> {
+    let mut mask = vec![0u8; 1024];
+    let n = raw(libc::SYS_sched_getaffinity, [
+        tid.as_raw() as u64,
+        mask.len() as u64,
+        mask.as_mut_ptr() as u64,
+        0,
+        0,
+        0,
+    ])?;
+    mask.truncate(n as usize);
+    Ok(mask)
+}
+
+/// sched_setaffinity(2).
+///
+/// # Errors
+/// EINVAL if none of the CPUs exists here.
+pub fn set_affinity(tid: Pid, mask: &[u8]) -> Result<()> {
+    raw(libc::SYS_sched_setaffinity, [tid.as_raw() as u64, mask.len() as u64, mask.as_ptr() as u64, 0, 0, 0])
+        .map(drop)
+}
+
+/// `struct sched_attr` (sched_setattr(2)), first version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct SchedAttr {
+    size: u32,
+    /// SCHED_OTHER, SCHED_BATCH, …
+    pub policy: u32,
+    /// SCHED_FLAG_RESET_ON_FORK and others.
+    pub flags: u64,
+    /// Nice value of SCHED_OTHER and SCHED_BATCH.
+    pub nice: i32,
+    /// Priority of SCHED_FIFO and SCHED_RR.
+    pub priority: u32,
+    /// SCHED_DEADLINE, nanoseconds.
+    pub runtime: u64,
+    /// SCHED_DEADLINE, nanoseconds.
+    pub deadline: u64,
+    /// SCHED_DEADLINE, nanoseconds.
+    pub period: u64,
+}
+
+/// sched_getattr(2).
+///
+/// # Errors
+/// ESRCH.
+pub fn sched_attr(tid: Pid) -> Result<SchedAttr> {
+    let mut a = SchedAttr::default();
+    let size = size_of::<SchedAttr>() as u64;
+    raw(libc::SYS_sched_getattr, [tid.as_raw() as u64, &raw mut a as u64, size, 0, 0, 0])?;
+    Ok(a)
+}
+
+/// sched_setattr(2).
+///
+/// # Errors
+/// EPERM for real-time policies without the right.
+pub fn set_sched_attr(tid: Pid, attr: &SchedAttr) -> Result<()> {
+    let mut a = *attr;
+    a.size = size_of::<SchedAttr>() as u32;
+    raw(libc::SYS_sched_setattr, [tid.as_raw() as u64, &raw const a as u64, 0, 0, 0, 0]).map(drop)
+}
+
+/// ioprio_get(2) of one task.
+///
+/// # Errors
+/// ESRCH.
+pub fn io_priority(tid: Pid) -> Result<i32> {
+    raw(libc::SYS_ioprio_get, [1, tid.as_raw() as u64, 0, 0, 0, 0]).map(|n| n as i32)
+}
+
+/// ioprio_set(2) of one task.
+///
+/// # Errors
+/// EPERM for the real-time class without the right.
+pub fn set_io_priority(tid: Pid, value: i32) -> Result<()> {
+    raw(libc::SYS_ioprio_set, [1, tid.as_raw() as u64, value as u64, 0, 0, 0]).map(drop)
+}
+
+/// prlimit(2): soft and hard limit of a process, u64::MAX for none.
+///
+/// # Errors
+/// EPERM without the right to see them.
+pub fn limit(pid: Pid, resource: u32) -> Result<(u64, u64)> {
+    let mut old = [0u64; 2];
+    raw(libc::SYS_prlimit64, [pid.as_raw() as u64, u64::from(resource), 0, old.as_mut_ptr() as u64, 0, 0])?;
+    Ok((old[0], old[1]))
+}
+
+/// prlimit(2): sets both limits of a process.
+///
+/// # Errors
+/// EPERM to raise a hard limit without CAP_SYS_RESOURCE on the host.
+pub fn set_limit(pid: Pid, resource: u32, soft: u64, hard: u64) -> Result<()> {
+    let new = [soft, hard];
+    raw(libc::SYS_prlimit64, [pid.as_raw() as u64, u64::from(resource), new.as_ptr() as u64, 0, 0, 0]).map(drop)
+}
+
+/// SIGKILL to this process itself: the end of the road in tests that kill ckpt at chosen points.
+pub fn kill_self() -> ! {
+    let _ = nix::sys::signal::kill(Pid::this(), nix::sys::signal::Signal::SIGKILL);
+    std::process::abort()
+}
