@@ -128,3 +128,23 @@ pub fn set_terminal(fd: BorrowedFd<'_>, t: &Terminal) -> Result<()> {
     }
     Ok(())
 }
+
+/// First byte of data at or after `offset` (SEEK_DATA); `None` if there is only a hole. Moves the file's position.
+///
+/// # Errors
+/// Those of lseek(2).
+pub fn next_data(file: &std::fs::File, offset: u64) -> Result<Option<u64>> {
+    match nix::unistd::lseek(file, offset as i64, nix::unistd::Whence::SeekData) {
+        Ok(n) => Ok(Some(n as u64)),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// First hole, or the end, after `offset` (SEEK_HOLE). Moves the file's position.
+///
+/// # Errors
+/// Those of lseek(2).
+pub fn next_hole(file: &std::fs::File, offset: u64) -> Result<u64> {
+    nix::unistd::lseek(file, offset as i64, nix::unistd::Whence::SeekHole).map(|n| n as u64)
+}

@@ -7,6 +7,7 @@ pub mod arch;
 pub mod area;
 pub mod clock;
 pub mod descriptor;
+pub mod hook;
 pub mod inject;
 pub mod memory;
 pub mod ptrace;

@@ -25,9 +25,10 @@ pub const BLANK_OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_EXITKILL;
 
 fn request(request: u32, pid: Pid, addr: usize, data: usize) -> Result<i64> {
+    crate::hook::point();
     // SAFETY: callers in this module pass, in `data`, either a plain number or the address of a live object of the
     // size that the request reads or writes.
-    Errno::result(unsafe { libc::ptrace(request as _, pid.as_raw(), addr, data) }).map(|n| n as i64)
+    Errno::result(unsafe { libc::ptrace(request as _, pid.as_raw(), addr, data) })
 }
 
 /// PTRACE_SEIZE.

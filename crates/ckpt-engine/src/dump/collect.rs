@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Collect: every kind saves the state of the frozen job; calls are injected into each thread in turn.
+
+use super::freeze::FrozenJob;
+use crate::error::DumpError;
+use crate::kind::Kind;
+use crate::model::process::{Process, Task};
+use crate::resource::{At, Collect, Collected, Resource, in_order};
+use ckpt_sys::inject::{Live, Padding, SCRATCH_BYTES};
+use ckpt_sys::memory::Forced;
+
+/// Runs all kinds over the job, its open files, its processes and their threads.
+///
+/// # Errors
+/// The first error of a kind.
+pub fn collect(frozen: &FrozenJob, warnings: &mut Vec<String>) -> Result<Collected, DumpError> {
+    let mut out = Collected::default();
+    let order = in_order();
+    let job = &frozen.job;
+    let step = |live: Option<&mut Live>, at: At<'_>, only: Option<Kind>, out: &mut Collected, w: &mut Vec<String>| {
+        let mut cx = Collect { job, live, out, warnings: w };
+        collect_all(&order, &mut cx, at, only)
+    };
+    step(None, At::Job, None, &mut out, warnings)?;
+    for f in job.files.values() {
+        step(None, At::File(f), f.kind, &mut out, warnings)?;
+    }
+    for p in &job.processes {
+        if p.zombie.is_some() {
+            step(None, At::Process(p), Some(Kind::Process), &mut out, warnings)?;
+            continue;
+        }
+        let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
+        let vdso = p.vdso().map(|v| v.start..v.end).ok_or_else(|| DumpError::Process {
+            pid: p.pid,
+            what: "finding its vDSO".into(),
+            source: std::io::Error::other("it has been unmapped; such a process can't be dumped"),
+        })?;
+        let padding = Padding::find(p.host, vdso).map_err(DumpError::errno(p.pid, "reading its vDSO"))?;
+        for t in &p.threads {
+            let mut live = open(p, t, &memory, padding)?;
+            if t.tid == p.pid {
+                step(Some(&mut live), At::Process(p), None, &mut out, warnings)?;
+            }
+            step(Some(&mut live), At::Thread(p, t), None, &mut out, warnings)?;
+            live.close(&memory)?;
+        }
+    }
+    Ok(out)
+}
+
+fn collect_all(
+    order: &[&dyn Resource],
+    cx: &mut Collect<'_>,
+    at: At<'_>,
+    only: Option<Kind>,
+) -> Result<(), DumpError> {
+    for r in order.iter().filter(|r| only.is_none_or(|k| r.kind() == k)) {
+        ckpt_sys::hook::point();
+        r.collect(cx, at)?;
+    }
+    Ok(())
+}
+
+fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {
+    let missing = |what: &str| DumpError::Process {
+        pid: p.pid,
+        what: what.to_owned(),
+        source: std::io::Error::from(std::io::ErrorKind::OutOfMemory),
+    };
+    let frozen = t.frozen.as_ref().ok_or_else(|| missing("thread state"))?;
+    let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| missing("finding a free page in its address space"))?;
+    Ok(Live::open(t.host, memory, padding, scratch, &frozen.registers, frozen.quiet)?)
+}

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Discover: the whole job, and everything in it that can't be saved, before anything is stopped.
+
+use crate::error::{DumpError, Refusals};
+use crate::model::{Job, JobInfo};
+use crate::resource::{REGISTRY, in_order};
+use crate::snapshot::Engine;
+use std::path::Path;
+
+/// A job that can be dumped.
+#[derive(Debug)]
+pub struct Discovered {
+    /// The job.
+    pub job: Job,
+    /// Bytes of private memory in use.
+    pub memory_bytes: u64,
+}
+
+/// Observes the job and asks every kind.
+///
+/// # Errors
+/// [`DumpError::Refused`] with everything that stands in the way.
+pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
+    let mut refusals = Refusals::default();
+    let mut job = Job::observe(info, &mut refusals)?;
+    examine(&mut job, refusals)?;
+    let memory_bytes = job.live().flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum();
+    Ok(Discovered { job, memory_bytes })
+}
+
+/// Gives each open file description to its kind and collects all refusals.
+///
+/// # Errors
+/// [`DumpError::Refused`].
+pub fn examine(job: &mut Job, mut refusals: Refusals) -> Result<(), DumpError> {
+    let kinds: Vec<(u64, Option<crate::kind::Kind>)> = job
+        .files
+        .values()
+        .map(|f| (f.id, REGISTRY.iter().find(|r| r.claims(job, f)).map(|r| r.kind())))
+        .collect();
+    for (id, kind) in kinds {
+        let Some(f) = job.files.get_mut(&id) else { continue };
+        f.kind = kind;
+        if kind.is_none() {
+            let (what, advice) = crate::resource::fd::unsupported(f);
+            for (pid, fd) in &f.holders {
+                refusals.fd(*pid, *fd, what.clone(), advice);
+            }
+        }
+    }
+    for r in in_order() {
+        r.probe(job, &mut refusals);
+    }
+    refusals.check()
+}
+
+impl Discovered {
+    /// Checks that memory and disk are enough.
+    ///
+    /// # Errors
+    /// [`DumpError::Memory`], [`DumpError::Space`].
+    pub fn check_room(&self, engine: &dyn Engine, free_bytes: u64, dir: &Path) -> Result<(), DumpError> {
+        const RECORDS_BYTES: u64 = 1 << 20;
+        if free_bytes < self.memory_bytes / 8 + RECORDS_BYTES {
+            // Zero pages and compression may save much, so only what can't possibly fit is refused here.
+            return Err(DumpError::Space {
+                needed_bytes: self.memory_bytes + RECORDS_BYTES,
+                available_bytes: free_bytes,
+                path: dir.to_owned(),
+            });
+        }
+        if engine.name() == "copy" {
+            let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+            let kib = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")).and_then(|s| s.split_whitespace().next());
+            let available_bytes = kib.and_then(|s| s.parse::<u64>().ok()).map_or(u64::MAX, |n| n * 1024);
+            if self.memory_bytes > available_bytes {
+                return Err(DumpError::Memory { needed_bytes: self.memory_bytes, available_bytes });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Freeze: PTRACE_SEIZE and INTERRUPT until the set of tasks is stable, then observe it again.
+//!
+//! Dropping a [`FrozenJob`] resumes the job, and so does the kernel if the dumper is killed.
+
+use super::discover;
+use crate::error::{DumpError, Refusals};
+use crate::model::process::{Frozen, children};
+use crate::model::{Job, JobInfo};
+use ckpt_sys::arch;
+use ckpt_sys::ptrace::{self, Stop};
+use ckpt_sys::{Errno, Pid, libc};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+/// How long a task may take to stop. A task in uninterruptible sleep (a dead network file system) takes for ever.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// A job whose tasks are all stopped.
+#[derive(Debug)]
+pub struct FrozenJob {
+    /// The job as it stands still.
+    pub job: Job,
+    tasks: Tasks,
+}
+
+#[derive(Debug, Default)]
+struct Tasks {
+    stopped: BTreeMap<Pid, ()>,
+    running: BTreeMap<Pid, Instant>,
+}
+
+/// All task ids below init, as ckpt sees them.
+fn all_tasks(init: i32) -> BTreeSet<Pid> {
+    let mut out = BTreeSet::new();
+    let mut pending = children(init);
+    while let Some(p) = pending.pop() {
+        let Ok(dir) = std::fs::read_dir(format!("/proc/{p}/task")) else { continue };
+        for t in dir.flatten() {
+            if let Some(tid) = t.file_name().to_str().and_then(|s| s.parse::<i32>().ok()) {
+                out.insert(Pid::from_raw(tid));
+            }
+        }
+        pending.extend(children(p));
+    }
+    out
+}
+
+fn is_zombie(tid: Pid) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
+    text.rsplit(')').next().is_none_or(|s| s.trim_start().starts_with(['Z', 'X']) || s.is_empty())
+}
+
+/// Who traces a task, 0 for nobody.
+fn tracer_of(tid: Pid) -> Option<u32> {
+    let text = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    text.lines().find_map(|l| l.strip_prefix("TracerPid:")?.trim().parse().ok())
+}
+
+/// Signals queued for a task or its process, as a mask.
+fn pending_signals(tid: Pid) -> Result<u64, Errno> {
+    let mut pending = 0u64;
+    for shared in [false, true] {
+        for s in ptrace::queued_signals(tid, shared)? {
+            let n = u32::from_le_bytes([s[0], s[1], s[2], s[3]]);
+            pending |= 1u64.checked_shl(n.wrapping_sub(1)).unwrap_or(0);
+        }
+    }
+    Ok(pending)
+}
+
+/// Some calls return EINTR because of the stop alone. They are issued again, at once, so that the application doesn't
+/// see it whatever happens to the dumper next.
+fn reissue_interrupted_call(tid: Pid) -> Result<(), DumpError> {
+    let step = || {
+        let r = ptrace::registers(tid)?;
+        if arch::interrupted(&r, true) == arch::Interrupted::ByUs
+            && pending_signals(tid)? & !ptrace::signal_mask(tid)? == 0
+        {
+            ptrace::set_registers(tid, &arch::reissued(&r))?;
+        }
+        Ok(())
+    };
+    match step() {
+        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Err(e) => Err(DumpError::errno(tid.as_raw(), "looking at an interrupted call")(e)),
+    }
+}
+
+impl Tasks {
+    fn seize(&mut self, tid: Pid) -> Result<(), DumpError> {
+        match ptrace::seize(tid, ptrace::LIVE_OPTIONS) {
+            Ok(()) => {
+                // Known before it is interrupted: whatever fails next, it is let go again.
+                self.running.insert(tid, Instant::now());
+                match ptrace::interrupt(tid) {
+                    Ok(()) | Err(Errno::ESRCH) => Ok(()),
+                    Err(e) => Err(DumpError::errno(tid.as_raw(), "PTRACE_INTERRUPT")(e)),
+                }
+            }
+            Err(Errno::ESRCH) => Ok(()),
+            Err(Errno::EPERM) if is_zombie(tid) => Ok(()),
+            Err(Errno::EPERM) if tracer_of(tid) == Some(std::process::id()) => {
+                // Seized by the kernel when a task of ours cloned it.
+                self.running.insert(tid, Instant::now());
+                Ok(())
+            }
+            Err(e) => {
+                let reason = match tracer_of(tid).filter(|t| *t != 0) {
+                    Some(t) => format!("is being traced by process {t} (a debugger?); detach it and dump again"),
+                    None => format!("can't be traced: {e}"),
+                };
+                Err(DumpError::NotStopped { pid: tid.as_raw(), reason })
+            }
+        }
+    }
+
+    fn reap_stops(&mut self) -> Result<(), DumpError> {
+        let running: Vec<Pid> = self.running.keys().copied().collect();
+        for tid in running {
+            match ptrace::try_wait(tid) {
+                Ok(None) => {}
+                Ok(Some((_, Stop::Event { .. }))) => {
+                    reissue_interrupted_call(tid)?;
+                    self.running.remove(&tid);
+                    self.stopped.insert(tid, ());
+                }
+                // A signal that was on its way: let it be delivered, the interrupt is still pending.
+                Ok(Some((_, Stop::Signal(s)))) => self.go_on(tid, s)?,
+                Ok(Some((_, Stop::Syscall))) => self.go_on(tid, 0)?,
+                Ok(Some((_, Stop::Ptrace(event)))) => {
+                    if matches!(event, libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK) {
+                        // The new task is seized by the kernel and will report a stop of its own.
+                        if let Ok(n) = ptrace::event_message(tid) {
+                            self.running.entry(Pid::from_raw(n as i32)).or_insert_with(Instant::now);
+                        }
+                    }
+                    self.go_on(tid, 0)?;
+                    let _ = ptrace::interrupt(tid);
+                }
+                Ok(Some((_, Stop::Gone(_)))) | Err(Errno::ECHILD) => {
+                    self.running.remove(&tid);
+                }
+                Err(e) => return Err(DumpError::errno(tid.as_raw(), "waitpid")(e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn go_on(&mut self, tid: Pid, signal: i32) -> Result<(), DumpError> {
+        match ptrace::cont(tid, signal) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(e) => Err(DumpError::errno(tid.as_raw(), "PTRACE_CONT")(e)),
+        }
+    }
+
+    /// A vfork parent stops only when its child has called execve or exited: let a stopped child run on.
+    fn release_vfork_children(&mut self) -> Result<(), DumpError> {
+        let waiting: Vec<Pid> = self.running.keys().copied().collect();
+        for tid in waiting {
+            for child in children(tid.as_raw()) {
+                let child = Pid::from_raw(child);
+                let same = ckpt_sys::task::kcmp(tid, child, ckpt_sys::task::Shared::Memory);
+                if same == Ok(std::cmp::Ordering::Equal) && self.stopped.remove(&child).is_some() {
+                    self.running.insert(child, Instant::now());
+                    self.go_on(child, 0)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn let_go(&mut self) {
+        for tid in std::mem::take(&mut self.stopped).into_keys() {
+            let _ = ptrace::detach(tid);
+        }
+        for tid in std::mem::take(&mut self.running).into_keys() {
+            // Detaching needs a stop; a task that does not stop now is let go when ckpt exits.
+            let until = Instant::now() + Duration::from_millis(200);
+            let _ = ptrace::interrupt(tid);
+            while Instant::now() < until {
+                match ptrace::try_wait(tid) {
+                    Ok(Some((_, Stop::Gone(_)))) | Err(_) => break,
+                    Ok(Some((_, Stop::Signal(s)))) => {
+                        let _ = ptrace::cont(tid, s);
+                    }
+                    Ok(Some(_)) => {
+                        let _ = ptrace::detach(tid);
+                        break;
+                    }
+                    Ok(None) => std::thread::sleep(Duration::from_micros(200)),
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.let_go();
+    }
+}
+
+/// Stops every task of the job and observes what stands still.
+///
+/// # Errors
+/// [`DumpError::NotStopped`] names a task that does not stop; in each case the job runs on.
+pub fn freeze(info: &JobInfo) -> Result<FrozenJob, DumpError> {
+    let mut tasks = Tasks::default();
+    let mut quiet_rounds = 0;
+    let started = Instant::now();
+    while quiet_rounds < 2 {
+        let mut new = false;
+        for tid in all_tasks(info.init) {
+            if !tasks.stopped.contains_key(&tid) && !tasks.running.contains_key(&tid) && !is_zombie(tid) {
+                tasks.seize(tid)?;
+                new = true;
+            }
+        }
+        tasks.reap_stops()?;
+        if !tasks.running.is_empty() {
+            if started.elapsed() > Duration::from_millis(20) {
+                tasks.release_vfork_children()?;
+                std::thread::sleep(Duration::from_micros(200));
+            } else {
+                std::thread::yield_now();
+            }
+            if let Some((tid, _)) = tasks.running.iter().find(|(_, since)| since.elapsed() > STOP_LIMIT) {
+                return Err(not_stopped(*tid));
+            }
+        }
+        let settled = !new && tasks.running.is_empty();
+        quiet_rounds = if settled { quiet_rounds + 1 } else { 0 };
+    }
+    let mut refusals = Refusals::default();
+    let mut job = Job::observe(info, &mut refusals)?;
+    for p in job.processes.iter_mut().filter(|p| p.zombie.is_none()) {
+        for t in &mut p.threads {
+            t.frozen = Some(look(t.host, p.pid)?);
+        }
+    }
+    discover::examine(&mut job, refusals)?;
+    Ok(FrozenJob { job, tasks })
+}
+
+fn not_stopped(tid: Pid) -> DumpError {
+    let state = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
+    let nspid = std::fs::read_to_string(format!("/proc/{tid}/status"))
+        .ok()
+        .and_then(|t| t.lines().find_map(|l| l.strip_prefix("NSpid:")?.split_whitespace().last()?.parse().ok()));
+    let reason = format!(
+        "did not stop within {} s (in the kernel: {state}); a vfork whose child neither execs nor exits, or a file \
+         system that does not answer. Dump again when it is over",
+        STOP_LIMIT.as_secs()
+    );
+    DumpError::NotStopped { pid: nspid.unwrap_or(tid.as_raw()), reason }
+}
+
+/// Reads what only a stopped task shows.
+fn look(tid: Pid, pid: i32) -> Result<Frozen, DumpError> {
+    let registers = ptrace::registers(tid).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
+    let mask = ptrace::signal_mask(tid).map_err(DumpError::errno(pid, "PTRACE_GETSIGMASK"))?;
+    let pending = pending_signals(tid).map_err(DumpError::errno(pid, "PTRACE_PEEKSIGINFO"))?;
+    let mut registers = registers;
+    leave_critical_section(tid, &mut registers);
+    Ok(Frozen { registers, mask, quiet: pending & !mask == 0 })
+}
+
+/// A task inside a restartable sequence goes to its abort handler: the kernel would not send it there any more once
+/// it has been seen outside (rseq(2), `struct rseq_cs`).
+fn leave_critical_section(tid: Pid, registers: &mut arch::Registers) {
+    let Ok(rseq) = ptrace::rseq(tid) else { return };
+    if rseq.pointer == 0 {
+        return;
+    }
+    let mut word = [0u8; 8];
+    if ckpt_sys::memory::read(tid, rseq.pointer + 8, &mut word).is_err() {
+        return;
+    }
+    let cs = u64::from_le_bytes(word);
+    let mut body = [0u8; 32];
+    if cs == 0 || ckpt_sys::memory::read(tid, cs, &mut body).is_err() {
+        return;
+    }
+    let at = |i: usize| u64::from_le_bytes(body[i..i + 8].try_into().unwrap_or_default());
+    let (start, length, abort) = (at(8), at(16), at(24));
+    if registers.rip.wrapping_sub(start) < length {
+        registers.rip = abort;
+    }
+}
+
+impl FrozenJob {
+    /// Lets all tasks go on, and the job with them.
+    ///
+    /// # Errors
+    /// None at present; tasks that are gone need no resuming.
+    pub fn resume(mut self) -> Result<(), DumpError> {
+        self.tasks.let_go();
+        Ok(())
+    }
+
+    /// Kills the job where it stands.
+    pub fn kill(self) {
+        let _ = nix::sys::signal::kill(Pid::from_raw(self.job.info.init), nix::sys::signal::Signal::SIGKILL);
+    }
+}

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Dump: discover → barrier → freeze → collect → snapshot → resume → write.
+
+pub mod barrier;
+pub mod collect;
+pub mod discover;
+pub mod freeze;
+pub mod snapshot;
+pub mod write;
+
+use crate::error::DumpError;
+use crate::model::JobInfo;
+use crate::snapshot::Engine;
+use ckpt_image::{Compression, Summary};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// What to do.
+pub struct DumpRequest<'a> {
+    /// The job.
+    pub info: JobInfo,
+    /// An empty directory that has been claimed for the image.
+    pub dir: &'a Path,
+    /// Compression of page runs.
+    pub compression: Compression,
+    /// The snapshot engine.
+    pub engine: &'a dyn Engine,
+    /// Kill the job when the image is complete, while it is still frozen.
+    pub stop: bool,
+    /// Free bytes of the store; asked before anything is stopped.
+    pub free_bytes: u64,
+    /// Told of the progress: bytes done, bytes in all.
+    pub progress: &'a mut dyn FnMut(u64, u64),
+}
+
+/// What was done.
+#[derive(Debug)]
+pub struct DumpReport {
+    /// Sizes of the image.
+    pub summary: Summary,
+    /// How long the job was stopped, as seen from outside.
+    pub pause: Duration,
+    /// Number of processes.
+    pub processes: usize,
+    /// Number of threads.
+    pub threads: usize,
+    /// Bytes of memory looked at.
+    pub memory_bytes: u64,
+    /// What the person who dumps should know.
+    pub warnings: Vec<String>,
+    /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
+    frozen: Option<freeze::FrozenJob>,
+}
+
+impl DumpReport {
+    /// Kills a job that was kept frozen for [`DumpRequest::stop`]; call it when the checkpoint has been published.
+    pub fn stop_job(&mut self) {
+        if let Some(f) = self.frozen.take() {
+            f.kill();
+        }
+    }
+}
+
+/// Checks whether the job could be dumped now, without stopping it.
+///
+/// # Errors
+/// [`DumpError::Refused`] with all that stands in the way.
+pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
+    discover::discover(info)
+}
+
+/// Dumps the job into `request.dir`. The caller publishes the directory, or removes it after an error.
+///
+/// # Errors
+/// In each case the job runs on as before.
+pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
+    let DumpRequest { info, dir, compression, engine, stop, free_bytes, progress } = request;
+    let found = discover::discover(&info)?;
+    found.check_room(engine, free_bytes, dir)?;
+    // The image's directory must be writable before anything is disturbed.
+    let writer = write::start(dir, compression)?;
+    barrier::prepare(&found.job);
+    let started = Instant::now();
+    let frozen = freeze::freeze(&info)?;
+    let mut warnings = Vec::new();
+    let collected = collect::collect(&frozen, &mut warnings)?;
+    let mut snapshot = snapshot::take(engine, &collected.sources)?;
+    let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
+    let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
+    let pause = started.elapsed();
+    let memory_bytes = collected.sources.iter().map(crate::snapshot::Source::bytes).sum();
+    let summary = write::write(writer, collected, snapshot.as_mut(), &mut |n| progress(n, memory_bytes))?;
+    Ok(DumpReport { summary, pause, processes, threads, memory_bytes, warnings, frozen })
+}

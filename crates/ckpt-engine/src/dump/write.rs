@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Write: records and page contents, after the job has been resumed.
+
+use crate::error::DumpError;
+use crate::resource::{Collected, Content, in_order};
+use crate::snapshot::Snapshot;
+use ckpt_image::{Compression, Summary, Writer};
+use std::path::Path;
+
+/// Creates the image's files in an empty directory.
+///
+/// # Errors
+/// Those of the writer.
+pub fn start(dir: &Path, compression: Compression) -> Result<Writer, DumpError> {
+    Ok(Writer::create(dir, ckpt_sys::arch::cpu_features(), compression)?)
+}
+
+/// Writes everything and syncs it.
+///
+/// # Errors
+/// Those of the snapshot and the writer; the caller removes the directory.
+pub fn write(
+    mut writer: Writer,
+    collected: Collected,
+    snapshot: &mut dyn Snapshot,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Summary, DumpError> {
+    for r in &collected.records {
+        ckpt_sys::hook::point();
+        writer.record(r.kind as u16, r.version, r.owner, r.id, &r.body)?;
+    }
+    let mut done = 0;
+    let mut advance = |n: u64| {
+        done += n;
+        progress(done);
+    };
+    for r in in_order() {
+        let mut cx = Content {
+            snapshot: &mut *snapshot,
+            sources: &collected.sources,
+            writer: &mut writer,
+            progress: &mut advance,
+        };
+        r.content(&mut cx)?;
+    }
+    ckpt_sys::hook::point();
+    Ok(writer.finish()?)
+}

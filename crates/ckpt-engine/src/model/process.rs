@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A process and its threads, read from /proc (proc_pid_stat(5), proc_pid_status(5)).
+
+use super::file::Descriptor;
+use super::memory::{self, Vma};
+use crate::error::DumpError;
+use ckpt_sys::Pid;
+use ckpt_sys::arch::Registers;
+use procfs::process::{Stat, Status};
+use std::collections::HashMap;
+use std::io::ErrorKind;
+
+/// A thread.
+#[derive(Debug)]
+pub struct Task {
+    /// Its id, as the job sees it.
+    pub tid: i32,
+    /// Its id, as ckpt sees it.
+    pub host: Pid,
+    /// Its state when frozen.
+    pub frozen: Option<Frozen>,
+}
+
+/// What a stop found.
+#[derive(Debug, Clone)]
+pub struct Frozen {
+    /// General registers.
+    pub registers: Registers,
+    /// Blocked signals.
+    pub mask: u64,
+    /// No deliverable signal is pending.
+    pub quiet: bool,
+}
+
+/// A process.
+#[derive(Debug)]
+pub struct Process {
+    /// Its pid, as the job sees it.
+    pub pid: i32,
+    /// Its pid, as ckpt sees it.
+    pub host: Pid,
+    /// Its parent, 1 for the job's init.
+    pub ppid: i32,
+    /// Its process group.
+    pub pgid: i32,
+    /// Its process group, as ckpt sees it.
+    pub host_pgid: i32,
+    /// Its session.
+    pub sid: i32,
+    /// Wait status of a zombie.
+    pub zombie: Option<i32>,
+    /// Stopped by a job control signal.
+    pub stopped: bool,
+    /// /proc/pid/stat.
+    pub stat: Stat,
+    /// /proc/pid/status.
+    pub status: Status,
+    /// Its threads, the leader first.
+    pub threads: Vec<Task>,
+    /// Its mappings, sorted.
+    pub vmas: Vec<Vma>,
+    /// Its descriptors, sorted by number.
+    pub descriptors: Vec<Descriptor>,
+}
+
+/// Children of one task, as ckpt sees them; none if it is gone.
+pub fn children(host: i32) -> Vec<i32> {
+    let mut all = Vec::new();
+    let Ok(dir) = std::fs::read_dir(format!("/proc/{host}/task")) else { return all };
+    for t in dir.flatten() {
+        let text = std::fs::read_to_string(t.path().join("children")).unwrap_or_default();
+        all.extend(text.split_whitespace().filter_map(|n| n.parse::<i32>().ok()));
+    }
+    all
+}
+
+fn last(v: Option<&Vec<i32>>) -> i32 {
+    v.and_then(|v| v.last().copied()).unwrap_or(0)
+}
+
+impl Process {
+    /// Reads one process; `None` if it is gone. `inner` maps pids as ckpt sees them to those inside.
+    ///
+    /// # Errors
+    /// What reading /proc gives.
+    pub fn observe(host: i32, inner: &HashMap<i32, i32>) -> Result<Option<Process>, DumpError> {
+        match Self::read(host, inner) {
+            Ok(p) => Ok(Some(p)),
+            Err(_) if !std::path::Path::new(&format!("/proc/{host}")).exists() => Ok(None),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound) => Ok(None),
+            Err(e) => Err(DumpError::process(host, "reading /proc")(e)),
+        }
+    }
+
+    fn read(host: i32, inner: &HashMap<i32, i32>) -> std::io::Result<Process> {
+        let proc = procfs::process::Process::new(host).map_err(io)?;
+        let stat = proc.stat().map_err(io)?;
+        let status = proc.status().map_err(io)?;
+        let pid = last(status.nspid.as_ref());
+        let zombie = matches!(stat.state, 'Z' | 'X').then(|| stat.exit_code.unwrap_or(0));
+        let mut threads = Vec::new();
+        for t in std::fs::read_dir(format!("/proc/{host}/task"))?.flatten() {
+            let Some(tid) = t.file_name().to_str().and_then(|s| s.parse::<i32>().ok()) else { continue };
+            let Ok(text) = std::fs::read_to_string(t.path().join("status")) else { continue };
+            let ns = text.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap_or_default();
+            let Some(inside) = ns.split_whitespace().last().and_then(|s| s.parse().ok()) else { continue };
+            threads.push(Task { tid: inside, host: Pid::from_raw(tid), frozen: None });
+        }
+        threads.sort_by_key(|t| (t.host.as_raw() != host, t.tid));
+        let vmas = if zombie.is_some() { Vec::new() } else { memory::read_smaps(host)? };
+        Ok(Process {
+            pid,
+            host: Pid::from_raw(host),
+            ppid: inner.get(&status.ppid).copied().unwrap_or(1),
+            pgid: last(status.nspgid.as_ref()),
+            host_pgid: stat.pgrp,
+            sid: last(status.nssid.as_ref()),
+            zombie,
+            stopped: stat.state == 'T',
+            stat,
+            status,
+            threads,
+            vmas,
+            descriptors: Vec::new(),
+        })
+    }
+
+    /// The vDSO's mapping.
+    pub fn vdso(&self) -> Option<&Vma> {
+        self.vmas.iter().find(|v| v.name == "[vdso]")
+    }
+
+    /// A hole of `bytes` in which nothing is mapped, clear of growing stacks.
+    pub fn hole(&self, bytes: u64) -> Option<u64> {
+        memory::hole(self.vmas.iter().map(|v| (v.start, v.end, v.grows_down())), bytes)
+    }
+}
+
+/// procfs errors as I/O errors.
+fn io(e: procfs::ProcError) -> std::io::Error {
+    match e {
+        procfs::ProcError::NotFound(_) => std::io::Error::from(ErrorKind::NotFound),
+        procfs::ProcError::PermissionDenied(_) => std::io::Error::from(ErrorKind::PermissionDenied),
+        procfs::ProcError::Io(e, _) => e,
+        e => std::io::Error::other(e.to_string()),
+    }
+}

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The seam between the pipeline and the kinds of kernel resource: one kind, one file, one line in [`REGISTRY`].
+//!
+//! A kind handles its own records at each step of the pipeline: *probe* while the job runs and again when it is frozen,
+//! *collect* when it is frozen, *content* after it has been resumed, *describe* for people; *create*, *connect* to
+//! other objects, *finish* (positions, locks, protections) and *arm* (timers) when it is restored. No step has a
+//! default: a kind that forgets one does not compile.
+
+pub mod attribute;
+pub mod credential;
+pub mod fd;
+pub mod fs_context;
+pub mod job;
+pub mod limit;
+pub mod memory_map;
+pub mod pending_signal;
+pub mod process;
+pub mod rseq;
+pub mod scheduler;
+pub mod shared_object;
+pub mod shm_file;
+pub mod signal;
+pub mod thread;
+pub mod timer;
+
+use crate::error::{DumpError, Refusals, RestoreError};
+use crate::kind::Kind;
+use crate::model::Job;
+use crate::model::file::OpenFile;
+use crate::model::process::{Process, Task};
+use crate::restore::build_tree::Build;
+use crate::snapshot::{Snapshot, Source};
+use ckpt_image::codec::{self, Decode, Encode};
+use ckpt_image::{Record, Writer};
+use ckpt_sys::inject::Live;
+
+/// What a step is about.
+#[derive(Debug, Clone, Copy)]
+pub enum At<'a> {
+    /// The job as a whole.
+    Job,
+    /// A process; its leader is ready for injected calls.
+    Process(&'a Process),
+    /// A thread, ready for injected calls.
+    Thread(&'a Process, &'a Task),
+    /// An open file description of this kind.
+    File(&'a OpenFile),
+}
+
+/// What *collect* works with.
+#[derive(Debug)]
+pub struct Collect<'a> {
+    /// The frozen job.
+    pub job: &'a Job,
+    /// Calls in the task at hand; for a process its leader.
+    pub live: Option<&'a mut Live>,
+    /// What has been collected.
+    pub out: &'a mut Collected,
+    /// What to tell the person who dumps.
+    pub warnings: &'a mut Vec<String>,
+}
+
+/// The result of *collect*.
+#[derive(Debug, Default)]
+pub struct Collected {
+    /// Records without page contents.
+    pub records: Vec<NewRecord>,
+    /// Where page contents come from.
+    pub sources: Vec<Source>,
+    next_object: u64,
+}
+
+/// A record to be written.
+#[derive(Debug)]
+pub struct NewRecord {
+    /// Its kind.
+    pub kind: Kind,
+    /// Version of its body.
+    pub version: u16,
+    /// Pid, tid, file id; 0 for the job.
+    pub owner: u64,
+    /// Distinguishes records of one owner.
+    pub id: u64,
+    /// Encoded body.
+    pub body: Vec<u8>,
+}
+
+impl Collected {
+    /// A new number for an object with page contents.
+    pub fn new_object(&mut self) -> u64 {
+        self.next_object += 1;
+        self.next_object
+    }
+}
+
+impl Collect<'_> {
+    /// Adds a record.
+    ///
+    /// # Errors
+    /// If the body is larger than a record may be.
+    pub fn put<T: Encode>(&mut self, kind: Kind, version: u16, owner: u64, id: u64, body: &T) -> Result<(), DumpError> {
+        let body = codec::encode(body)?;
+        self.out.records.push(NewRecord { kind, version, owner, id, body });
+        Ok(())
+    }
+
+    /// The injection.
+    ///
+    /// # Panics
+    /// If the step is not about a process or thread.
+    pub fn live(&mut self) -> &mut Live {
+        self.live.as_mut().expect("collect of a process or thread has a task to inject into")
+    }
+}
+
+/// What *content* works with.
+pub struct Content<'a> {
+    /// The frozen copy.
+    pub snapshot: &'a mut dyn Snapshot,
+    /// All sources that were snapshotted.
+    pub sources: &'a [Source],
+    /// The image.
+    pub writer: &'a mut Writer,
+    /// Bytes done so far, and what to do when they grow.
+    pub progress: &'a mut dyn FnMut(u64),
+}
+
+impl Content<'_> {
+    /// Writes the pages of all sources of one kind.
+    ///
+    /// # Errors
+    /// From the snapshot or the writer.
+    pub fn write_pages(&mut self, kind: Kind) -> Result<(), DumpError> {
+        for (index, source) in self.sources.iter().enumerate().filter(|(_, s)| s.kind == kind) {
+            let (object, zeros) = (source.object, source.zeros);
+            let (writer, progress) = (&mut *self.writer, &mut *self.progress);
+            self.snapshot.stream(index, &mut |offset, data| {
+                ckpt_sys::hook::point();
+                writer.pages(object, offset, data, zeros)?;
+                progress(data.len() as u64);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// One kind of kernel resource.
+pub trait Resource: Sync {
+    /// Which one.
+    fn kind(&self) -> Kind;
+    /// Kinds whose records must be created before.
+    fn after(&self) -> &'static [Kind];
+    /// Whether an open file description is of this kind; the first kind in the registry that says so owns it.
+    fn claims(&self, job: &Job, file: &OpenFile) -> bool;
+    /// Finds what can't be saved.
+    fn probe(&self, job: &Job, refusals: &mut Refusals);
+    /// Saves state of the frozen job.
+    ///
+    /// # Errors
+    /// Any error ends the dump; the job runs on.
+    fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError>;
+    /// Writes what is large, after the job has been resumed.
+    ///
+    /// # Errors
+    /// Any error ends the dump.
+    fn content(&self, cx: &mut Content<'_>) -> Result<(), DumpError>;
+    /// A record in words, for `ckpt inspect`.
+    ///
+    /// # Errors
+    /// If the record does not decode.
+    fn describe(&self, record: &Record) -> Result<String, RestoreError>;
+    /// Makes the object.
+    ///
+    /// # Errors
+    /// Any error ends the restore, and nothing is left of it.
+    fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError>;
+    /// Connects it to others.
+    ///
+    /// # Errors
+    /// As [`Resource::create`].
+    fn connect(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError>;
+    /// Sets what must come after all connections.
+    ///
+    /// # Errors
+    /// As [`Resource::create`].
+    fn finish(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError>;
+    /// Starts what runs by itself.
+    ///
+    /// # Errors
+    /// As [`Resource::create`].
+    fn arm(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError>;
+}
+
+/// Steps in which a kind has nothing to do, spelled out.
+macro_rules! nothing_to_do {
+    ($($step:ident),* $(,)?) => { $(nothing_to_do!(@ $step);)* };
+    (@ after) => { fn after(&self) -> &'static [$crate::kind::Kind] { &[] } };
+    (@ claims) => {
+        fn claims(&self, _: &$crate::model::Job, _: &$crate::model::file::OpenFile) -> bool { false }
+    };
+    (@ probe) => { fn probe(&self, _: &$crate::model::Job, _: &mut $crate::error::Refusals) {} };
+    (@ content) => {
+        fn content(&self, _: &mut $crate::resource::Content<'_>) -> Result<(), $crate::error::DumpError> { Ok(()) }
+    };
+    (@ $step:ident) => {
+        fn $step(
+            &self,
+            _: &mut $crate::restore::build_tree::Build<'_>,
+            _: &ckpt_image::Record,
+        ) -> Result<(), $crate::error::RestoreError> {
+            Ok(())
+        }
+    };
+}
+pub(crate) use nothing_to_do;
+
+/// All kinds. Of those that claim descriptors, the first that claims one owns it.
+pub static REGISTRY: &[&dyn Resource] = &[
+    &job::JobResource,
+    &process::ProcessResource,
+    &shm_file::ShmFileResource,
+    &shared_object::SharedObjectResource,
+    &memory_map::MemoryMapResource,
+    &thread::ThreadResource,
+    &signal::SignalResource,
+    &pending_signal::PendingSignalResource,
+    &timer::TimerResource,
+    &credential::CredentialResource,
+    &limit::LimitResource,
+    &fs_context::FsContextResource,
+    &scheduler::SchedulerResource,
+    &attribute::AttributeResource,
+    &rseq::RseqResource,
+    &fd::external::ExternalResource,
+    &fd::tty::TtyResource,
+    &fd::regular_file::RegularFileResource,
+    &fd::directory::DirectoryResource,
+    &fd::char_device::CharDeviceResource,
+    &fd::pipe::PipeResource,
+    &fd::fifo::FifoResource,
+    &fd::eventfd::EventfdResource,
+    &fd::epoll::EpollResource,
+    &fd::signalfd::SignalfdResource,
+    &fd::timerfd::TimerfdResource,
+    &fd::unix_socket::UnixSocketResource,
+    &fd::table::FdTableResource,
+    &fd::file_lock::FileLockResource,
+];
+
+/// The resource that handles a kind.
+pub fn of(kind: Kind) -> &'static dyn Resource {
+    *REGISTRY.iter().find(|r| r.kind() == kind).expect("every kind has a line in the registry")
+}
+
+/// The registry in the order in which records are created.
+pub fn in_order() -> Vec<&'static dyn Resource> {
+    let mut out: Vec<&'static dyn Resource> = Vec::new();
+    while out.len() < REGISTRY.len() {
+        let before = out.len();
+        for r in REGISTRY {
+            let placed = |k: &Kind| out.iter().any(|o| o.kind() == *k);
+            if !placed(&r.kind()) && r.after().iter().all(placed) {
+                out.push(*r);
+            }
+        }
+        assert!(out.len() > before, "kinds depend on each other in a circle");
+    }
+    out
+}
+
+/// Decodes the body of a record whose version this build knows.
+///
+/// # Errors
+/// [`RestoreError::Record`] names the kind and version.
+pub fn decode<T: Decode<()>>(record: &Record, version: u16) -> Result<T, RestoreError> {
+    let kind = Kind::from_number(record.kind).map_or("unknown", Kind::name);
+    if record.version != version {
+        let text = format!("{kind} record version {} (this ckpt knows {version})", record.version);
+        return Err(RestoreError::Record(text));
+    }
+    codec::decode(&record.body).map_err(|e| RestoreError::Record(format!("{kind} record of {}: {e}", record.owner)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_is_registered_once_and_can_be_ordered() {
+        for k in Kind::ALL {
+            assert_eq!(REGISTRY.iter().filter(|r| r.kind() == *k).count(), 1, "{}", k.name());
+        }
+        assert_eq!(in_order().len(), Kind::ALL.len());
+    }
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Points at which tests may end or divert ckpt. Empty functions unless built with the feature `test-hooks`.
+
+#[cfg(feature = "test-hooks")]
+mod counting {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::OnceLock;
+
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    static KILL_AT: OnceLock<Option<u64>> = OnceLock::new();
+
+    pub fn point() {
+        let n = COUNT.fetch_add(1, Ordering::Relaxed) + 1;
+        let at = KILL_AT.get_or_init(|| std::env::var("CKPT_TEST_KILL_AT").ok()?.parse().ok());
+        if *at == Some(n) {
+            crate::task::kill_self();
+        }
+    }
+
+    pub fn report() {
+        if let Some(path) = std::env::var_os("CKPT_TEST_COUNT") {
+            let _ = std::fs::write(path, COUNT.load(Ordering::Relaxed).to_string());
+        }
+    }
+}
+
+/// A moment at which ckpt may be killed (`CKPT_TEST_KILL_AT`).
+#[inline]
+pub fn point() {
+    #[cfg(feature = "test-hooks")]
+    counting::point();
+}
+
+/// Writes the number of points passed to the file `CKPT_TEST_COUNT`.
+pub fn report() {
+    #[cfg(feature = "test-hooks")]
+    counting::report();
+}
+
+/// True if the restore of this kind is to be left out (`CKPT_TEST_SKIP_RESTORE`).
+pub fn skipped(kind: &str) -> bool {
+    #[cfg(feature = "test-hooks")]
+    return std::env::var("CKPT_TEST_SKIP_RESTORE").is_ok_and(|v| v.split(',').any(|k| k == kind));
+    #[cfg(not(feature = "test-hooks"))]
+    {
+        let _ = kind;
+        false
+    }
+}
