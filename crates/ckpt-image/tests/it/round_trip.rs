@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What was written is read back, with every compression.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use ckpt_image::{Compression, PAGE_SIZE, Reader, RunKind, WriteError, Writer, ZeroPages};
+
+use crate::scratch::{Random, Scratch, sample_features, seed, text_page};
+
+const ALL: [Compression; 3] = [Compression::None, Compression::Lz4, Compression::Zstd];
+
+/// Objects as they must read: pages by offset, absent ones being left out.
+type Model = BTreeMap<u64, BTreeMap<u64, Vec<u8>>>;
+
+/// Random content in pieces up to 3 MiB, with zero pages, text and noise mixed.
+fn random_content(random: &mut Random) -> Vec<u8> {
+    let pages = match random.below(4) {
+        0 => 1,
+        1 => 1 + random.below(20),
+        2 => 256 + random.below(3),
+        _ => 256 * 2 + random.below(200),
+    };
+    let noise = random.bytes(PAGE_SIZE);
+    let mut data = Vec::with_capacity(pages * PAGE_SIZE);
+    while data.len() < pages * PAGE_SIZE {
+        let stretch = (1 + random.below(300)).min(pages - data.len() / PAGE_SIZE);
+        let page = match random.below(3) {
+            0 => vec![0; PAGE_SIZE],
+            1 => text_page("some text that packs "),
+            _ => noise.clone(),
+        };
+        for _ in 0..stretch {
+            data.extend_from_slice(&page);
+        }
+    }
+    data
+}
+
+#[test]
+fn everything_reads_back() {
+    let mut random = Random(seed("everything_reads_back"));
+    for compression in ALL {
+        let scratch = Scratch::new("round-trip");
+        let mut writer = Writer::create(scratch.path(), sample_features(), compression).unwrap();
+        let mut model = Model::new();
+        let mut records = Vec::new();
+        for n in 0..40u64 {
+            let len = random.below(100);
+            let body = random.bytes(len);
+            writer.record(n as u16, 1, n, n * n, &body).unwrap();
+            records.push((n as u16, n, n * n, body));
+            if n % 4 != 0 {
+                continue;
+            }
+            let object = n / 8;
+            let zeros = if object % 2 == 0 { ZeroPages::Elide } else { ZeroPages::Record };
+            let data = random_content(&mut random);
+            let offset = n * (64 << 20);
+            writer.pages(object, offset, &data, zeros).unwrap();
+            for (at, page) in data.chunks_exact(PAGE_SIZE).enumerate() {
+                if zeros == ZeroPages::Record || page.iter().any(|byte| *byte != 0) {
+                    let pages = model.entry(object).or_default();
+                    pages.insert(offset + (at * PAGE_SIZE) as u64, page.to_vec());
+                }
+            }
+        }
+        let announced = writer.bytes_written();
+        let summary = writer.finish().unwrap();
+        assert!(announced <= summary.records_bytes + summary.pages_bytes);
+
+        let reader = Reader::open(scratch.path()).unwrap();
+        assert_eq!(reader.header().cpu_features, sample_features());
+        assert_eq!(reader.header().compression, compression);
+        let read: Vec<_> = reader.records().iter().map(|r| (r.kind, r.owner, r.id, r.body.clone())).collect();
+        assert_eq!(read, records);
+        let mut buf = Vec::new();
+        let mut found = Model::new();
+        let (mut data_pages, mut last) = (0, None);
+        for object in reader.objects() {
+            assert!(last < Some(object.object), "objects come in order");
+            last = Some(object.object);
+            assert_eq!(object.runs, reader.runs(object.object));
+            for run in object.runs {
+                assert!(run.bytes <= 1 << 20);
+                reader.read_run(run, &mut buf).unwrap();
+                assert_eq!(buf.len() as u64, run.bytes);
+                if run.kind == RunKind::Data {
+                    data_pages += run.bytes / PAGE_SIZE as u64;
+                }
+                for (at, page) in buf.chunks_exact(PAGE_SIZE).enumerate() {
+                    let pages = found.entry(object.object).or_default();
+                    pages.insert(run.offset + (at * PAGE_SIZE) as u64, page.to_vec());
+                }
+            }
+        }
+        assert!(found == model, "page content differs ({compression})");
+        assert_eq!(data_pages, summary.data_pages);
+        assert!(reader.runs(u64::MAX).is_empty());
+
+        let mut last_progress = (0, 0);
+        let report = reader.verify(&mut |done, total| last_progress = (done, total)).unwrap();
+        let on_disk: u64 =
+            ["records", "pages"].map(|f| fs::metadata(scratch.path().join(f)).unwrap().len()).iter().sum();
+        assert_eq!(last_progress, (on_disk, on_disk));
+        assert_eq!(report.bytes, on_disk);
+        assert_eq!(report.records, 40);
+        assert_eq!(report.data_pages, summary.data_pages);
+        for file in ["records", "pages"] {
+            let mode = fs::metadata(scratch.path().join(file)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o7777, 0o600, "{file}");
+        }
+    }
+}
+
+#[test]
+fn compression_makes_text_smaller() {
+    let size = |compression| {
+        let scratch = Scratch::new("pack");
+        let mut writer = Writer::create(scratch.path(), [0; 64], compression).unwrap();
+        let page = text_page("over and over ");
+        writer.pages(1, 0, &page.repeat(256), ZeroPages::Elide).unwrap();
+        writer.finish().unwrap().pages_bytes
+    };
+    assert!(size(Compression::Lz4) < size(Compression::None) / 50);
+    assert!(size(Compression::Zstd) < size(Compression::None) / 50);
+}
+
+#[test]
+fn an_empty_image_is_an_image() {
+    let scratch = Scratch::new("empty");
+    Writer::create(scratch.path(), [0; 64], Compression::None).unwrap().finish().unwrap();
+    let reader = Reader::open(scratch.path()).unwrap();
+    assert!(reader.records().is_empty());
+    assert_eq!(reader.objects().count(), 0);
+    reader.verify(&mut |_, _| ()).unwrap();
+}
+
+#[test]
+fn the_writer_refuses_what_no_reader_accepts() {
+    let scratch = Scratch::new("refuse");
+    let mut writer = Writer::create(scratch.path(), [0; 64], Compression::None).unwrap();
+    assert!(matches!(writer.record(0xff00, 1, 0, 0, b""), Err(WriteError::ReservedKind { kind: 0xff00 })));
+    let long = vec![0; ckpt_image::format::MAX_BODY_BYTES + 1];
+    assert!(matches!(writer.record(1, 1, 0, 0, &long), Err(WriteError::RecordTooLong { .. })));
+    let page = text_page("x");
+    for (offset, data) in [(1, &page[..]), (0, &page[1..]), (u64::MAX - 4095, &page[..])] {
+        let result = writer.pages(1, offset, data, ZeroPages::Elide);
+        assert!(matches!(result, Err(WriteError::BadRange { .. })), "{offset:#x}");
+    }
+    writer.pages(1, 0x3000, &page.repeat(2), ZeroPages::Elide).unwrap();
+    writer.pages(1, 0x5000, &page, ZeroPages::Elide).unwrap();
+    writer.pages(1, 0x2000, &page, ZeroPages::Elide).unwrap();
+    writer.pages(1, 0, &page, ZeroPages::Elide).unwrap();
+    for (offset, pages) in [(0x2000, 1), (0x5000, 1), (0x1000, 2), (0, 16), (0x5000, 3)] {
+        let result = writer.pages(1, offset, &page.repeat(pages), ZeroPages::Elide);
+        assert!(matches!(result, Err(WriteError::Overlap { .. })), "{offset:#x}+{pages}");
+    }
+    writer.pages(2, 0x3000, &page, ZeroPages::Elide).unwrap();
+    // A refused call leaves the image as it was.
+    writer.finish().unwrap();
+    let reader = Reader::open(scratch.path()).unwrap();
+    assert_eq!(reader.records().len(), 0);
+    reader.verify(&mut |_, _| ()).unwrap();
+    assert!(matches!(Writer::create(scratch.path(), [0; 64], Compression::None), Err(WriteError::Io { .. })));
+}
