@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Errors of dump and restore.
 
-use ckpt_image::ImageError;
+use ckpt_image::{CodecError, ReadError, WriteError};
 use ckpt_sys::Errno;
 use ckpt_sys::area::RemoteError;
 use ckpt_sys::inject::InjectError;
@@ -132,7 +132,10 @@ pub enum DumpError {
     },
     /// Writing the image failed.
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Image(#[from] WriteError),
+    /// State too large for a record.
+    #[error(transparent)]
+    Record(#[from] CodecError),
 }
 
 impl DumpError {
@@ -191,7 +194,7 @@ impl fmt::Display for Conflicts {
 pub enum RestoreError {
     /// The image.
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Image(#[from] ReadError),
     /// A record whose content makes no sense.
     #[error("the checkpoint is damaged or was written by another version: {0}")]
     Record(String),

@@ -47,3 +47,8 @@ pub fn skipped(kind: &str) -> bool {
         false
     }
 }
+
+/// True if the restore of any kind is left out, so that what depends on it must do without.
+pub fn any_skipped() -> bool {
+    cfg!(feature = "test-hooks") && std::env::var_os("CKPT_TEST_SKIP_RESTORE").is_some()
+}

@@ -29,8 +29,12 @@ pub struct JobInfo {
     pub external: Vec<ExternalInfo>,
     /// Where output goes that nobody reads.
     pub log: Option<PathBuf>,
-    /// Whether it has a terminal of its own.
-    pub tty: bool,
+    /// The slave of its own terminal, if it has one.
+    pub terminal: Option<String>,
+    /// Host name in its UTS namespace, if init says so.
+    pub hostname: Option<Vec<u8>>,
+    /// NIS domain name there.
+    pub domainname: Option<Vec<u8>>,
     /// System V IPC objects in its namespace.
     pub sysv_objects: u64,
 }
@@ -57,6 +61,8 @@ pub struct Job {
     pub processes: Vec<Process>,
     /// Its open file descriptions by id.
     pub files: BTreeMap<u64, OpenFile>,
+    /// Unix sockets of the network namespace, if the job has sockets at all.
+    pub unix_sockets: HashMap<u32, ckpt_sys::socket::UnixSocket>,
     /// Process groups: as ckpt sees them to as the job sees them.
     pub groups: HashMap<i32, i32>,
 }
@@ -84,6 +90,10 @@ impl Job {
             return Err(DumpError::JobEnded);
         }
         job.identify_files(refusals)?;
+        if job.files.values().any(|f| f.seen.link.starts_with(b"socket:")) {
+            let list = ckpt_sys::socket::unix_sockets();
+            job.unix_sockets = list.map_err(DumpError::errno(0, "listing unix sockets (sock_diag)"))?;
+        }
         Ok(job)
     }
 

@@ -67,6 +67,8 @@ pub struct Collected {
     pub records: Vec<NewRecord>,
     /// Where page contents come from.
     pub sources: Vec<Source>,
+    /// Shared objects by device and inode.
+    pub objects: std::collections::BTreeMap<(u64, u64), u64>,
     next_object: u64,
 }
 

@@ -35,6 +35,10 @@ pub struct Build<'a> {
     pub files: BTreeMap<u64, (i32, i32)>,
     /// Rebuilt shared objects: where a descriptor for it is kept.
     pub objects: BTreeMap<u64, (i32, i32)>,
+    /// Pipes being rebuilt, by inode number: where a read-write end is kept.
+    pub pipes: BTreeMap<u64, (i32, i32)>,
+    /// Ends of socket pairs being rebuilt, by inode number: where they are kept.
+    pub sockets: BTreeMap<u64, (i32, i32)>,
     /// First descriptor number of each process that its table doesn't use.
     pub free_numbers: BTreeMap<i32, i32>,
     /// What the person who restores should know.
@@ -71,6 +75,8 @@ impl<'a> Build<'a> {
             processes,
             files: BTreeMap::new(),
             objects: BTreeMap::new(),
+            pipes: BTreeMap::new(),
+            sockets: BTreeMap::new(),
             free_numbers: plan.free_numbers.clone(),
             plan,
             warnings: Vec::new(),

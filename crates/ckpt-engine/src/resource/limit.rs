@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Resource limits (getrlimit(2)).
+
+use super::{At, Collect, Resource, decode, nothing_to_do};
+use crate::error::{DumpError, RestoreError};
+use crate::kind::Kind;
+use crate::restore::build_tree::Build;
+use ckpt_image::Record;
+use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::{Errno, Pid};
+
+/// Version of [`LimitRecord`].
+pub const VERSION: u16 = 1;
+/// RLIM_NLIMITS.
+const COUNT: usize = 16;
+const NAMES: [&str; COUNT] = [
+    "RLIMIT_CPU",
+    "RLIMIT_FSIZE",
+    "RLIMIT_DATA",
+    "RLIMIT_STACK",
+    "RLIMIT_CORE",
+    "RLIMIT_RSS",
+    "RLIMIT_NPROC",
+    "RLIMIT_NOFILE",
+    "RLIMIT_MEMLOCK",
+    "RLIMIT_AS",
+    "RLIMIT_LOCKS",
+    "RLIMIT_SIGPENDING",
+    "RLIMIT_MSGQUEUE",
+    "RLIMIT_NICE",
+    "RLIMIT_RTPRIO",
+    "RLIMIT_RTTIME",
+];
+
+/// Limits of a process by number: soft, hard; u64::MAX for none.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct LimitRecord {
+    /// Soft, hard.
+    pub limits: [(u64, u64); COUNT],
+}
+
+/// The kind.
+#[derive(Debug)]
+pub struct LimitResource;
+
+impl Resource for LimitResource {
+    nothing_to_do! { claims, probe, content, create, connect, arm }
+
+    fn kind(&self) -> Kind {
+        Kind::Limit
+    }
+
+    fn after(&self) -> &'static [Kind] {
+        // A low limit of descriptors or memory must not hinder the rebuilding.
+        &[Kind::FdTable, Kind::MemoryMap, Kind::FileLock, Kind::Epoll]
+    }
+
+    fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
+        let At::Process(p) = at else { return Ok(()) };
+        let mut limits = [(0, 0); COUNT];
+        for (n, l) in limits.iter_mut().enumerate() {
+            *l = ckpt_sys::task::limit(p.host, n as u32).map_err(DumpError::errno(p.pid, NAMES[n]))?;
+        }
+        cx.put(Kind::Limit, VERSION, p.pid as u64, 0, &LimitRecord { limits })
+    }
+
+    fn describe(&self, record: &Record) -> Result<String, RestoreError> {
+        let l: LimitRecord = decode(record, VERSION)?;
+        let text = |v: u64| if v == u64::MAX { "unlimited".to_owned() } else { v.to_string() };
+        let set = l.limits.iter().zip(NAMES).filter(|((soft, _), _)| *soft != u64::MAX);
+        Ok(set.map(|((soft, _), n)| format!("{n} {}", text(*soft))).collect::<Vec<_>>().join(", "))
+    }
+
+    fn finish(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
+        let l: LimitRecord = decode(record, VERSION)?;
+        let pid = record.owner as i32;
+        let task = Pid::from_raw(pid);
+        for (n, (soft, hard)) in l.limits.iter().enumerate() {
+            match ckpt_sys::task::set_limit(task, n as u32, *soft, *hard) {
+                Ok(()) => {}
+                Err(Errno::EPERM) => {
+                    // The host's hard limit is lower than that of the checkpoint and can't be raised without privilege.
+                    let (_, most) = ckpt_sys::task::limit(task, n as u32).map_err(RestoreError::errno(pid, NAMES[n]))?;
+                    ckpt_sys::task::set_limit(task, n as u32, (*soft).min(most), most)
+                        .map_err(RestoreError::errno(pid, NAMES[n]))?;
+                    let text = format!("process {pid}: {} is {most} here and was {hard}", NAMES[n]);
+                    cx.warnings.push(text);
+                }
+                Err(e) => return Err(RestoreError::errno(pid, NAMES[n])(e)),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,518 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Mappings, the private memory in them, and the fields of `mm_struct` that a process can see (prctl(2), PR_SET_MM).
+//!
+//! Stored are pages that exist only in this process: anonymous memory, and private copies of file pages. What is shared
+//! belongs to [`super::shared_object`], what is unchanged in a file stays there.
+
+use super::{At, Collect, Content, Resource, decode, nothing_to_do};
+use crate::error::{DumpError, Refusals, RestoreError};
+use crate::kind::Kind;
+use crate::model::file::FileStat;
+use crate::model::memory::{Vma, pagemap};
+use crate::model::process::Process;
+use crate::model::Job;
+use crate::restore::build_tree::{Build, open_call};
+use crate::restore::plan::VDSO_ROOM;
+use crate::snapshot::{From, Range, Source};
+use ckpt_image::codec::{Decode, Encode};
+use ckpt_image::{Record, ZeroPages};
+use ckpt_sys::area::AREA_BYTES;
+use ckpt_sys::memory::PAGE;
+use ckpt_sys::{Errno, Pid, libc};
+use std::hash::Hasher;
+
+/// Version of [`MemoryMapRecord`].
+pub const VERSION: u16 = 1;
+
+/// What is behind a mapping.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Backing {
+    /// Nothing: zero pages, then private ones.
+    Anonymous,
+    /// A named file; index into the record's list.
+    File {
+        /// Index.
+        file: u32,
+        /// Offset in bytes.
+        offset: u64,
+    },
+    /// A shared object of the image.
+    Object {
+        /// Its number.
+        object: u64,
+        /// Offset in bytes.
+        offset: u64,
+    },
+    /// The vDSO or its data.
+    Kernel {
+        /// Name in brackets.
+        name: String,
+    },
+}
+
+/// A mapping.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct VmaRecord {
+    /// First byte.
+    pub start: u64,
+    /// One past the last.
+    pub end: u64,
+    /// PROT_*.
+    pub prot: i32,
+    /// MAP_SHARED or MAP_PRIVATE, MAP_GROWSDOWN, MAP_NORESERVE.
+    pub flags: i32,
+    /// The file may be written through it (it was opened for that).
+    pub may_write: bool,
+    /// Pages of it are stored.
+    pub has_pages: bool,
+    /// Locked in memory.
+    pub locked: bool,
+    /// madvise(2) values in force.
+    pub advice: Vec<i32>,
+    /// What is behind it.
+    pub backing: Backing,
+    /// Name given by PR_SET_VMA.
+    pub name: Vec<u8>,
+}
+
+/// A mapped file.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct MappedFile {
+    /// Absolute path.
+    pub path: Vec<u8>,
+    /// What it was.
+    pub stat: FileStat,
+}
+
+/// The address space of a process.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct MemoryMapRecord {
+    /// The object whose runs are the private pages, offsets being addresses.
+    pub object: u64,
+    /// All mappings, sorted.
+    pub vmas: Vec<VmaRecord>,
+    /// The files named by them.
+    pub files: Vec<MappedFile>,
+    /// The eleven addresses of `struct prctl_mm_map`, in its order.
+    pub fields: [u64; 11],
+    /// The auxiliary vector.
+    pub auxv: Vec<u8>,
+    /// Path of the executable.
+    pub exe: Vec<u8>,
+    /// Hash of the vDSO's code, 0 without one.
+    pub vdso_hash: u64,
+}
+
+impl MemoryMapRecord {
+    /// Bounds of the vDSO.
+    pub fn vdso(&self) -> Option<(u64, u64)> {
+        let is = |v: &&VmaRecord| matches!(&v.backing, Backing::Kernel { name } if name == "[vdso]");
+        self.vmas.iter().find(is).map(|v| (v.start, v.end))
+    }
+}
+
+/// XXH3 of the vDSO of a process; the padding, where ckpt's own code may be, counts as zero.
+///
+/// # Errors
+/// EFAULT.
+pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
+    let mut bytes = vec![0u8; (range.end - range.start) as usize];
+    ckpt_sys::memory::read(pid, range.start, &mut bytes)?;
+    // DefaultHasher is not stable across releases; FNV-1a is, and this is no defence against malice.
+    struct Fnv(u64);
+    impl Hasher for Fnv {
+        fn finish(&self) -> u64 {
+            self.0
+        }
+        fn write(&mut self, bytes: &[u8]) {
+            for b in bytes {
+                self.0 = (self.0 ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3);
+            }
+        }
+    }
+    let mut h = Fnv(0xcbf2_9ce4_8422_2325);
+    h.write(&bytes);
+    Ok(h.finish() | 1)
+}
+
+/// Flags that need nothing, or are restored by other means than madvise.
+const KNOWN_FLAGS: &[&str] = &[
+    "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "ac", "nr", "sd", "ar", "sf", "mm", "nl", "um",
+];
+
+/// Flags that madvise(2) sets.
+const ADVICE: &[(&str, i32)] = &[
+    ("sr", libc::MADV_SEQUENTIAL),
+    ("rr", libc::MADV_RANDOM),
+    ("dc", libc::MADV_DONTFORK),
+    ("dd", libc::MADV_DONTDUMP),
+    ("wf", libc::MADV_WIPEONFORK),
+    ("hg", libc::MADV_HUGEPAGE),
+    ("nh", libc::MADV_NOHUGEPAGE),
+    ("mg", libc::MADV_MERGEABLE),
+];
+
+/// Where a named file of a process can be looked at from outside.
+fn outside(p: &Process, path: &str) -> String {
+    format!("/proc/{}/root{path}", p.host)
+}
+
+/// The kind.
+#[derive(Debug)]
+pub struct MemoryMapResource;
+
+fn refuse_vma(p: &Process, v: &Vma, refusals: &mut Refusals) {
+    let at = format!("mapping {:#x}-{:#x}", v.start, v.end);
+    let named = if v.name.is_empty() { at.clone() } else { format!("{at} ({})", v.name) };
+    if v.is_vdso_part() {
+        return;
+    }
+    if v.name.starts_with("/dev/nvidia") || v.name.starts_with("/dev/dri/") || v.name.starts_with("/dev/kfd") {
+        refusals.process(p.pid, format!("{named} is memory of a GPU"), "GPU users can't be checkpointed");
+    } else if v.name.starts_with("/dev/infiniband") {
+        refusals.process(p.pid, format!("{named} belongs to an RDMA device"), "RDMA users can't be checkpointed");
+    } else if v.name.contains("[io_uring]") {
+        refusals.process(p.pid, format!("{named} is an io_uring"), "io_uring is not supported; many programs can do without it by an option");
+    } else if v.name.starts_with("/[aio]") {
+        refusals.process(p.pid, format!("{named} is an AIO context"), "AIO is not supported");
+    } else if v.name.starts_with("/SYSV") {
+        refusals.process(p.pid, format!("{named} is System V shared memory"), "not supported");
+    } else if v.has("io") || v.has("pf") {
+        refusals.process(p.pid, format!("{named} is memory of a device"), "device memory can't be checkpointed");
+    } else if v.has("ht") {
+        refusals.process(p.pid, format!("{named} is hugetlb memory"), "not supported; use transparent huge pages");
+    } else if v.has("um") || v.has("uw") || v.has("ui") {
+        refusals.process(p.pid, format!("{named} is watched by userfaultfd"), "not supported");
+    } else if v.has("gu") {
+        refusals.process(p.pid, format!("{named} has guard regions (MADV_GUARD_INSTALL)"), "not supported");
+    } else {
+        let known = |f: &[u8; 2]| {
+            let f = std::str::from_utf8(f).unwrap_or("??");
+            KNOWN_FLAGS.contains(&f) || ADVICE.iter().any(|(n, _)| *n == f)
+        };
+        if let Some(f) = v.flags.iter().find(|f| !known(f)) {
+            let flag = String::from_utf8_lossy(f).into_owned();
+            refusals.process(p.pid, format!("{named} has the unknown flag {flag}"), "not supported");
+        }
+    }
+    if v.is_file() && !v.deleted && !super::shared_object::is_memory_object(v) {
+        match std::fs::metadata(outside(p, &v.name)) {
+            Ok(m) if FileStat::of(&m).ino == v.ino => {}
+            _ => refusals.process(
+                p.pid,
+                format!("{named}: the file at that path is not the one that is mapped"),
+                "it was replaced or renamed; restart the program with the new one",
+            ),
+        }
+    }
+}
+
+impl MemoryMapResource {
+    fn ranges(p: &Process, v: &Vma, map: &std::fs::File) -> Result<Vec<Range>, DumpError> {
+        let mut out: Vec<Range> = Vec::new();
+        // Reading pagemap costs 8 bytes a page: a large reservation without any memory is not looked at.
+        if v.anonymous_bytes == 0 && v.swap_bytes == 0 {
+            return Ok(out);
+        }
+        const CHUNK: u64 = 512 << 20;
+        let mut at = v.start;
+        while at < v.end {
+            let end = v.end.min(at + CHUNK);
+            let pages = pagemap(map, at, end).map_err(DumpError::process(p.pid, "reading pagemap"))?;
+            for (i, _) in pages.iter().enumerate().filter(|(_, e)| e.exists() && !e.is_file()) {
+                let addr = at + i as u64 * PAGE;
+                match out.last_mut() {
+                    Some(r) if r.addr + r.bytes == addr => r.bytes += PAGE,
+                    _ => out.push(Range { addr, bytes: PAGE, offset: addr }),
+                }
+            }
+            at = end;
+        }
+        Ok(out)
+    }
+
+    fn record(cx: &mut Collect<'_>, p: &Process) -> Result<(), DumpError> {
+        let err = |what: &str| DumpError::process(p.pid, what.to_owned());
+        let map = std::fs::File::open(format!("/proc/{}/pagemap", p.host)).map_err(err("opening pagemap"))?;
+        let own_library = |name: &str| name.ends_with("/libckpt_interceptor.so");
+        let (mut files, mut vmas) = (Vec::<MappedFile>::new(), Vec::new());
+        let (mut plain, mut over_file) = (Vec::new(), Vec::new());
+        for v in &p.vmas {
+            let mut flags = if v.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+            if v.grows_down() {
+                flags |= libc::MAP_GROWSDOWN;
+            }
+            if v.has("nr") {
+                flags |= libc::MAP_NORESERVE;
+            }
+            let mut has_pages = false;
+            let backing = if v.is_vdso_part() {
+                Backing::Kernel { name: v.name.clone() }
+            } else if let Some(object) = super::shared_object::of_mapping(cx.out, v) {
+                if !v.shared {
+                    let ranges = Self::ranges(p, v, &map)?;
+                    has_pages = !ranges.is_empty();
+                    over_file.extend(ranges);
+                }
+                Backing::Object { object, offset: v.offset }
+            } else if v.is_file() && own_library(&v.name) {
+                // Stored whole, as anonymous memory: upgrading ckpt must not break old checkpoints.
+                plain.push(Range { addr: v.start, bytes: v.bytes(), offset: v.start });
+                has_pages = true;
+                Backing::Anonymous
+            } else if v.is_file() {
+                if !v.shared {
+                    let ranges = Self::ranges(p, v, &map)?;
+                    has_pages = !ranges.is_empty();
+                    over_file.extend(ranges);
+                }
+                let path = v.name.as_bytes().to_vec();
+                let file = match files.iter().position(|f| f.path == path) {
+                    Some(i) => i,
+                    None => {
+                        let m = std::fs::metadata(outside(p, &v.name)).map_err(err(&v.name))?;
+                        files.push(MappedFile { path, stat: FileStat::of(&m) });
+                        files.len() - 1
+                    }
+                };
+                Backing::File { file: file as u32, offset: v.offset }
+            } else {
+                let ranges = Self::ranges(p, v, &map)?;
+                has_pages = !ranges.is_empty();
+                plain.extend(ranges);
+                Backing::Anonymous
+            };
+            let advice = ADVICE.iter().filter(|(n, _)| v.has(n)).map(|(_, a)| *a).collect();
+            let name = v.name.strip_prefix("[anon:").and_then(|n| n.strip_suffix(']')).unwrap_or("");
+            vmas.push(VmaRecord {
+                start: v.start,
+                end: v.end,
+                prot: v.prot,
+                flags,
+                may_write: v.has("mw"),
+                has_pages,
+                locked: v.has("lo"),
+                advice,
+                backing,
+                name: name.as_bytes().to_vec(),
+            });
+        }
+        let brk = cx.live().call("brk", libc::SYS_brk, [0; 6])?;
+        let s = &p.stat;
+        let n = |v: Option<u64>| v.unwrap_or(0);
+        let fields = [
+            s.startcode,
+            s.endcode,
+            n(s.start_data),
+            n(s.end_data),
+            n(s.start_brk),
+            brk,
+            s.startstack,
+            n(s.arg_start),
+            n(s.arg_end),
+            n(s.env_start),
+            n(s.env_end),
+        ];
+        let auxv = std::fs::read(format!("/proc/{}/auxv", p.host)).map_err(err("reading auxv"))?;
+        let exe = std::fs::read_link(format!("/proc/{}/exe", p.host)).map_err(err("reading the exe link"))?;
+        let vdso = p.vdso().map(|v| v.start..v.end);
+        let hash = match vdso {
+            // ckpt's own code stands behind the vDSO at this moment; the hash covers what is before it.
+            Some(range) => vdso_hash(Pid::this(), own_vdso(range.end - range.start))
+                .map_err(DumpError::errno(p.pid, "reading the vDSO"))?,
+            None => 0,
+        };
+        let object = cx.out.new_object();
+        for (ranges, zeros) in [(plain, ZeroPages::Elide), (over_file, ZeroPages::Record)] {
+            if !ranges.is_empty() {
+                let from = From::Process { host: p.host, pid: p.pid, ranges };
+                cx.out.sources.push(Source { kind: Kind::MemoryMap, object, zeros, from });
+            }
+        }
+        use std::os::unix::ffi::OsStrExt;
+        let exe = exe.as_os_str().as_bytes().to_vec();
+        let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash };
+        cx.put(Kind::MemoryMap, VERSION, p.pid as u64, 0, &record)
+    }
+
+    fn lay_out(cx: &mut Build<'_>, pid: i32, m: &MemoryMapRecord) -> Result<(), RestoreError> {
+        let hole_end = cx.plan.hole + AREA_BYTES as u64 + VDSO_ROOM;
+        let own = crate::model::memory::read_smaps(std::process::id() as i32)
+            .map_err(RestoreError::io(pid, "reading own mappings"))?;
+        let kernel: Vec<(&VmaRecord, &Vma)> = m
+            .vmas
+            .iter()
+            .filter_map(|v| match &v.backing {
+                Backing::Kernel { name } => Some((v, own.iter().find(|o| o.name == *name)?)),
+                _ => None,
+            })
+            .collect();
+        let lowest = kernel.iter().map(|(_, o)| o.start).min().unwrap_or(0);
+        let room = cx.plan.hole + AREA_BYTES as u64;
+        let rseq = ckpt_sys::ptrace::rseq(Pid::from_raw(pid)).map_err(RestoreError::errno(pid, "reading rseq"))?;
+        cx.run(pid, |b| {
+            if rseq.pointer != 0 {
+                let args = [rseq.pointer, u64::from(rseq.size), 1, u64::from(rseq.signature)];
+                b.call("unregistering rseq", libc::SYS_rseq, &args);
+            }
+            let moving = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+            for (_, o) in &kernel {
+                let to = room + (o.start - lowest);
+                b.call(format!("moving {}", o.name), libc::SYS_mremap, &[o.start, o.bytes(), o.bytes(), moving, to]);
+            }
+            b.call("munmap", libc::SYS_munmap, &[0, cx_hole(room)]);
+            let rest = ckpt_sys::arch::TASK_SIZE - hole_end;
+            b.call("munmap", libc::SYS_munmap, &[hole_end, rest]);
+            for (v, o) in &kernel {
+                let from = room + (o.start - lowest);
+                b.call(format!("moving {}", o.name), libc::SYS_mremap, &[from, o.bytes(), o.bytes(), moving, v.start]);
+            }
+        })?;
+        let mapped: Vec<&VmaRecord> = m.vmas.iter().filter(|v| !matches!(v.backing, Backing::Kernel { .. })).collect();
+        for chunk in mapped.chunks(200) {
+            let objects = cx.objects.clone();
+            cx.run(pid, |b| {
+                for v in chunk {
+                    map_one(b, m, v, &objects);
+                }
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes from address 0 to the area.
+fn cx_hole(room: u64) -> u64 {
+    room - AREA_BYTES as u64
+}
+
+/// ckpt's own vDSO, the same code as everybody's on this kernel.
+fn own_vdso(bytes: u64) -> std::ops::Range<u64> {
+    let own = crate::model::memory::read_smaps(std::process::id() as i32).unwrap_or_default();
+    own.iter().find(|v| v.name == "[vdso]" && v.bytes() == bytes).map_or(0..0, |v| v.start..v.end)
+}
+
+fn map_one(
+    b: &mut ckpt_sys::area::Batch<'_>,
+    m: &MemoryMapRecord,
+    v: &VmaRecord,
+    objects: &std::collections::BTreeMap<u64, (i32, i32)>,
+) {
+    let shared = v.flags & libc::MAP_SHARED != 0;
+    // Pages are written into it first; the final protection comes with `finish`.
+    let prot = if v.has_pages { libc::PROT_READ | libc::PROT_WRITE } else { v.prot };
+    let flags = v.flags | libc::MAP_FIXED_NOREPLACE;
+    let (path, offset) = match &v.backing {
+        Backing::Anonymous => (None, 0),
+        Backing::File { file, offset } => (m.files.get(*file as usize).map(|f| f.path.clone()), *offset),
+        Backing::Object { object, offset } => {
+            (objects.get(object).map(|(pid, fd)| format!("/proc/{pid}/fd/{fd}").into_bytes()), *offset)
+        }
+        Backing::Kernel { .. } => return,
+    };
+    let what = format!("mapping {:#x}-{:#x}", v.start, v.end);
+    let length = v.end - v.start;
+    match path {
+        None => {
+            let flags = (flags | libc::MAP_ANONYMOUS) as u64;
+            b.call(what, libc::SYS_mmap, &[v.start, length, prot as u64, flags, u64::MAX, 0]);
+        }
+        Some(path) => {
+            let access = if shared && v.may_write { libc::O_RDWR } else { libc::O_RDONLY };
+            let fd = open_call(b, &path, access);
+            let map = b.call(what, libc::SYS_mmap, &[v.start, length, prot as u64, flags as u64, 0, offset]);
+            b.feed(fd, map, 4);
+            let close = b.call("close", libc::SYS_close, &[0]);
+            b.feed(fd, close, 0);
+        }
+    }
+}
+
+impl Resource for MemoryMapResource {
+    nothing_to_do! { claims, connect, arm }
+
+    fn kind(&self) -> Kind {
+        Kind::MemoryMap
+    }
+
+    fn after(&self) -> &'static [Kind] {
+        &[Kind::Process, Kind::SharedObject, Kind::ShmFile]
+    }
+
+    fn probe(&self, job: &Job, refusals: &mut Refusals) {
+        for p in job.live() {
+            for v in &p.vmas {
+                refuse_vma(p, v, refusals);
+            }
+            let exe = std::fs::read_link(format!("/proc/{}/exe", p.host)).unwrap_or_default();
+            if exe.to_string_lossy().ends_with(" (deleted)") {
+                let what = format!("its executable {} has been deleted or replaced", exe.display());
+                refusals.process(p.pid, what, "put it back, or restart the program from the new one");
+            }
+        }
+    }
+
+    fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
+        match at {
+            At::Process(p) => Self::record(cx, p),
+            At::Job | At::Thread(..) | At::File(_) => Ok(()),
+        }
+    }
+
+    fn content(&self, cx: &mut Content<'_>) -> Result<(), DumpError> {
+        cx.write_pages(Kind::MemoryMap)
+    }
+
+    fn describe(&self, record: &Record) -> Result<String, RestoreError> {
+        let m: MemoryMapRecord = decode(record, VERSION)?;
+        let bytes: u64 = m.vmas.iter().map(|v| v.end - v.start).sum();
+        let exe = String::from_utf8_lossy(&m.exe).into_owned();
+        Ok(format!("{exe}: {} mappings, {} KiB of address space", m.vmas.len(), bytes / 1024))
+    }
+
+    fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
+        let m: MemoryMapRecord = decode(record, VERSION)?;
+        Self::lay_out(cx, record.owner as i32, &m)
+    }
+
+    fn finish(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
+        const PR_SET_VMA: u64 = 0x5356_4d41;
+        let pid = record.owner as i32;
+        let m: MemoryMapRecord = decode(record, VERSION)?;
+        for chunk in m.vmas.chunks(80) {
+            cx.run(pid, |b| {
+                for v in chunk.iter().filter(|v| !matches!(v.backing, Backing::Kernel { .. })) {
+                    let length = v.end - v.start;
+                    let at = format!("{:#x}-{:#x}", v.start, v.end);
+                    if v.has_pages {
+                        b.call(format!("mprotect {at}"), libc::SYS_mprotect, &[v.start, length, v.prot as u64]);
+                    }
+                    for a in &v.advice {
+                        b.call(format!("madvise {at} {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
+                    }
+                    if v.locked {
+                        b.call(format!("mlock {at}"), libc::SYS_mlock2, &[v.start, length, 1]);
+                    }
+                    if !v.name.is_empty() {
+                        let name = b.string(&v.name);
+                        b.call(format!("naming {at}"), libc::SYS_prctl, &[PR_SET_VMA, 0, v.start, length, name]);
+                    }
+                }
+            })?;
+        }
+        let exe = cx.open_in(pid, |b| open_call(b, &m.exe, libc::O_RDONLY))?;
+        cx.run(pid, |b| {
+            let auxv = b.bytes(&m.auxv);
+            let mut map: Vec<u8> = m.fields.iter().flat_map(|f| f.to_le_bytes()).collect();
+            map.extend_from_slice(&auxv.to_le_bytes());
+            map.extend_from_slice(&(m.auxv.len() as u32).to_le_bytes());
+            map.extend_from_slice(&(exe as u32).to_le_bytes());
+            let at = b.bytes(&map);
+            const PR_SET_MM: u64 = 35;
+            const PR_SET_MM_MAP: u64 = 14;
+            b.call("prctl PR_SET_MM_MAP", libc::SYS_prctl, &[PR_SET_MM, PR_SET_MM_MAP, at, map.len() as u64, 0]);
+            b.call("close", libc::SYS_close, &[exe as u64]);
+        })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The process tree: ids, parents, sessions, process groups, threads, zombies. Rebuilt by
+//! [`crate::restore::build_tree`].
+
+use super::{At, Collect, Resource, decode, nothing_to_do};
+use crate::error::{DumpError, Refusals, RestoreError};
+use crate::kind::Kind;
+use crate::model::Job;
+use crate::restore::build_tree::Build;
+use ckpt_image::Record;
+use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::{Pid, libc};
+
+/// Version of [`ProcessRecord`].
+pub const VERSION: u16 = 1;
+
+/// A process.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ProcessRecord {
+    /// Its pid.
+    pub pid: i32,
+    /// Its parent, 1 for init.
+    pub ppid: i32,
+    /// Its process group.
+    pub pgid: i32,
+    /// Its session.
+    pub sid: i32,
+    /// The signal its parent gets when it ends.
+    pub exit_signal: i32,
+    /// Wait status if it has ended and not been waited for.
+    pub zombie: Option<i32>,
+    /// Stopped by job control.
+    pub stopped: bool,
+    /// Its threads, the leader first.
+    pub threads: Vec<i32>,
+    /// Name of the leader.
+    pub comm: Vec<u8>,
+}
+
+impl ProcessRecord {
+    /// A stand-in for the leader of a session or of a group in session `sid`.
+    pub fn ghost(pid: i32, sid: i32) -> ProcessRecord {
+        ProcessRecord {
+            pid,
+            ppid: 1,
+            pgid: pid,
+            sid,
+            exit_signal: libc::SIGCHLD,
+            zombie: None,
+            stopped: false,
+            threads: vec![pid],
+            comm: Vec::new(),
+        }
+    }
+}
+
+/// The kind.
+#[derive(Debug)]
+pub struct ProcessResource;
+
+impl Resource for ProcessResource {
+    nothing_to_do! { claims, content, connect, finish, arm }
+
+    fn kind(&self) -> Kind {
+        Kind::Process
+    }
+
+    fn after(&self) -> &'static [Kind] {
+        &[Kind::Job]
+    }
+
+    fn probe(&self, job: &Job, refusals: &mut Refusals) {
+        let own = procfs::process::Process::myself().and_then(|p| p.status()).ok();
+        // Filters that ckpt itself runs under are the host's doing, and will be there at the restore.
+        let host_filters = own.and_then(|s| s.seccomp_filters).unwrap_or(0);
+        let nesting = nesting(job);
+        for p in &job.processes {
+            let s = &p.status;
+            if p.zombie.is_some() && p.threads.len() > 1 {
+                refusals.process(p.pid, "its main thread has ended and others run on", "not supported");
+            }
+            if s.seccomp.unwrap_or(0) == 1 || s.seccomp_filters.unwrap_or(0) > host_filters {
+                refusals.process(p.pid, "it runs under a seccomp filter", "not supported; start it without its sandbox");
+            }
+            if s.nspid.as_ref().is_some_and(|n| n.len() != nesting) {
+                refusals.process(p.pid, "it is in a pid namespace of its own", "nested containers are not supported");
+            }
+            for ns in ["user", "mnt", "ipc", "uts", "net", "cgroup"] {
+                let of = |pid: Pid| std::fs::read_link(format!("/proc/{pid}/ns/{ns}")).ok();
+                if p.zombie.is_none() && of(p.host) != of(Pid::from_raw(job.info.init)) {
+                    let what = format!("it is in a {ns} namespace of its own");
+                    refusals.process(p.pid, what, "nested containers are not supported");
+                }
+            }
+        }
+    }
+
+    fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
+        let At::Process(p) = at else { return Ok(()) };
+        let threads = if p.zombie.is_some() { vec![p.pid] } else { p.threads.iter().map(|t| t.tid).collect() };
+        let record = ProcessRecord {
+            pid: p.pid,
+            ppid: p.ppid,
+            pgid: p.pgid,
+            sid: p.sid,
+            exit_signal: p.stat.exit_signal.filter(|s| *s >= 0).unwrap_or(libc::SIGCHLD),
+            zombie: p.zombie,
+            stopped: p.stopped,
+            threads,
+            comm: p.stat.comm.as_bytes().to_vec(),
+        };
+        cx.put(Kind::Process, VERSION, p.pid as u64, 0, &record)
+    }
+
+    fn describe(&self, record: &Record) -> Result<String, RestoreError> {
+        let p: ProcessRecord = decode(record, VERSION)?;
+        let state = match (p.zombie, p.stopped) {
+            (Some(status), _) => format!(", ended with status {status:#x}"),
+            (_, true) => ", stopped".to_owned(),
+            _ => String::new(),
+        };
+        let name = String::from_utf8_lossy(&p.comm).into_owned();
+        let (parent, group, session, n) = (p.ppid, p.pgid, p.sid, p.threads.len());
+        Ok(format!("{name}: parent {parent}, group {group}, session {session}, {n} threads{state}"))
+    }
+
+    fn create(&self, _: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
+        // The tree has been built from all of these records at once; here the ids are checked.
+        let p: ProcessRecord = decode(record, VERSION)?;
+        if p.zombie.is_some() {
+            return Ok(());
+        }
+        let now = procfs::process::Process::new(p.pid).and_then(|q| q.stat());
+        let now = now.map_err(|e| RestoreError::Record(format!("process {}: {e}", p.pid)))?;
+        if (now.ppid, now.pgrp, now.session) != (p.ppid, p.pgid, p.sid) {
+            return Err(RestoreError::Record(format!(
+                "process {}: parent, group and session came out as {:?} instead of {:?}",
+                p.pid,
+                (now.ppid, now.pgrp, now.session),
+                (p.ppid, p.pgid, p.sid)
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// How many pid namespaces the job's processes are in, seen from here.
+fn nesting(job: &Job) -> usize {
+    let init = procfs::process::Process::new(job.info.init).and_then(|p| p.status());
+    init.ok().and_then(|s| s.nspid).map_or(0, |n| n.len())
+}
