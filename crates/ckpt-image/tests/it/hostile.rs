@@ -522,6 +522,37 @@ fn bodies_are_encoded_as_documented() {
     assert_eq!(codec::decode::<All>(&expected).unwrap(), value);
 }
 
+/// The example in docs/image-format.md, and an enum with numbers of its own, which do not count.
+#[test]
+fn the_documented_example_is_right() {
+    #[derive(Encode)]
+    #[bincode(crate = "ckpt_image::codec::bincode")]
+    #[allow(dead_code)]
+    enum Kind {
+        A,
+        B(u16),
+    }
+    #[derive(Encode)]
+    #[bincode(crate = "ckpt_image::codec::bincode")]
+    struct Example {
+        kind: Kind,
+        name: Option<String>,
+        fds: Vec<i32>,
+    }
+    #[derive(Encode, Decode, PartialEq, Debug)]
+    #[bincode(crate = "ckpt_image::codec::bincode")]
+    enum Numbered {
+        Five = 5,
+        Next,
+    }
+    let bytes = codec::encode(&Example { kind: Kind::B(3), name: Some("x".into()), fds: vec![5] }).unwrap();
+    let expected: [&[u8]; 3] =
+        [&[1, 0, 0, 0, 3, 0], &[1, 1, 0, 0, 0, 0, 0, 0, 0, b'x'], &[1, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0]];
+    assert_eq!(bytes, expected.concat());
+    assert_eq!(codec::encode(&[Numbered::Five, Numbered::Next]).unwrap(), [0, 0, 0, 0, 1, 0, 0, 0]);
+    assert!(codec::decode::<Numbered>(&[5, 0, 0, 0]).is_err());
+}
+
 #[test]
 fn several_threads_may_read() {
     let scratch = Scratch::new("threads");
