@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Images of format version 1 as first released. They must stay readable, and the format must not change unnoticed.
 //!
-//! The files change only together with a new format version, in a directory of its own. Then they are made with
-//! `CKPT_WRITE_GOLDEN=1`.
+//! The files are never changed: a new format version gets a directory of its own, made by [`write_sample`].
 
 use std::fs;
-use std::path::PathBuf;
 
 use ckpt_image::{Compression, HeaderInfo, Reader, RunKind};
 
@@ -13,19 +11,31 @@ use crate::scratch::{
     Random, SAMPLE_CREATED_NS, SAMPLE_ID, Scratch, sample_features, text_page, write_sample,
 };
 
-fn golden(compression: Compression) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/v1-{compression}"))
+/// The files `records` and `pages` of a golden image, part of this program so that it can run anywhere.
+fn golden(compression: Compression) -> [&'static [u8]; 2] {
+    macro_rules! image {
+        ($name:literal) => {
+            [
+                include_bytes!(concat!("../golden/v1-", $name, "/records")),
+                include_bytes!(concat!("../golden/v1-", $name, "/pages")),
+            ]
+        };
+    }
+    match compression {
+        Compression::None => image!("none"),
+        Compression::Lz4 => image!("lz4"),
+        Compression::Zstd => image!("zstd"),
+    }
 }
 
 #[test]
 fn golden_images_read_as_ever() {
     for compression in [Compression::None, Compression::Lz4, Compression::Zstd] {
-        let dir = golden(compression);
-        if std::env::var_os("CKPT_WRITE_GOLDEN").is_some() {
-            fs::create_dir_all(&dir).unwrap();
-            write_sample(&dir, compression);
-        }
-        let reader = Reader::open(&dir).unwrap();
+        let scratch = Scratch::new("golden");
+        let [records, pages] = golden(compression);
+        fs::write(scratch.path().join("records"), records).unwrap();
+        fs::write(scratch.path().join("pages"), pages).unwrap();
+        let reader = Reader::open(scratch.path()).unwrap();
         let expected = HeaderInfo {
             version: 1,
             arch: 62,
@@ -71,9 +81,8 @@ fn the_same_content_gives_the_same_bytes() {
     }
     let scratch = Scratch::new("golden");
     write_sample(scratch.path(), Compression::None);
-    for file in ["records", "pages"] {
+    for (file, then) in ["records", "pages"].into_iter().zip(golden(Compression::None)) {
         let now = fs::read(scratch.path().join(file)).unwrap();
-        let then = fs::read(golden(Compression::None).join(file)).unwrap();
         assert!(now == then, "{file} is written differently from format version 1");
     }
 }
