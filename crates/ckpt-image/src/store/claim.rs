@@ -113,7 +113,10 @@ impl Claim {
         let parent_dir = File::open(parent).map_err(StoreError::io(parent, "open the directory"))?;
         let own = File::open(&self.partial).map_err(StoreError::io(&self.partial, "open the directory"))?;
         sync_dir(&own).map_err(StoreError::io(&self.partial, "bring the directory to the disk"))?;
-        match rename_new(&self.partial, &self.target) {
+        let names_held = self.number.and_then(|_| partial::hold_names(parent));
+        let renamed = rename_new(&self.partial, &self.target);
+        drop(names_held);
+        match renamed {
             Ok(()) => {}
             Err(e) if matches!(e.kind(), ErrorKind::AlreadyExists | ErrorKind::DirectoryNotEmpty) => {
                 return Err(StoreError::Exists { path: self.target.clone() });

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The store: `<root>/<job>/<number>/` is a complete checkpoint, `<root>/<job>/<number>.partial/` one being written.
+//! The store: `<root>/<job>/<number>/` is a complete checkpoint, `<root>/<job>/<number>.partial/` one being written,
+//! `<root>/<job>/<number>.removed.partial/` one being removed.
 //!
 //! A checkpoint becomes visible by one rename, so a crash at any instant leaves older ones whole and at most a partial
 //! directory, which the next claim or removal of that job sweeps. Nothing in the store refers to a host: several may
@@ -20,7 +21,7 @@ use nix::errno::Errno;
 
 pub use claim::Claim;
 pub use error::StoreError;
-use partial::{PARTIAL_SUFFIX, Swept};
+use partial::{PARTIAL_SUFFIX, REMOVED_SUFFIX, Swept};
 
 /// Longest job name in bytes.
 pub const MAX_JOB_NAME: usize = 64;
@@ -113,14 +114,17 @@ impl Store {
                 Err(e) => return Err(StoreError::io(&job_dir, "create the directory of the job")(e)),
             }
             // Looked at before the sweep, so that the number of a dead dump is not given out again at once.
-            let highest = entries(&job_dir)?.iter().map(Entry::number).max().unwrap_or(0);
+            floor = floor.max(highest_number(&job_dir)?);
             self.sweep(job)?;
-            let next = highest.max(floor).checked_add(1).ok_or_else(|| StoreError::Io {
+            let names_held = partial::hold_names(&job_dir);
+            let next = highest_number(&job_dir)?.max(floor).checked_add(1).ok_or_else(|| StoreError::Io {
                 path: job_dir.clone(),
                 action: "find a free checkpoint number",
                 source: Errno::EOVERFLOW.into(),
             })?;
-            match Claim::numbered(&job_dir, next)? {
+            let claimed = Claim::numbered(&job_dir, next)?;
+            drop(names_held);
+            match claimed {
                 Some(claim) => return Ok(claim),
                 None => floor = if job_dir.exists() { next } else { 0 },
             }
@@ -204,9 +208,12 @@ impl Store {
             return Err(StoreError::NoSuchCheckpoint { job: job.to_owned(), number, numbers });
         }
         let path = job_dir.join(number.to_string());
-        let doomed = job_dir.join(format!("{number}{PARTIAL_SUFFIX}"));
+        let doomed = job_dir.join(format!("{number}{REMOVED_SUFFIX}"));
         let held = partial::mark_for_removal(&path).map_err(StoreError::io(&path, "lock it for removal"))?;
-        claim::rename_new(&path, &doomed).map_err(StoreError::io(&path, "hide it for removal"))?;
+        let names_held = partial::hold_names(&job_dir);
+        let hidden = claim::rename_new(&path, &doomed);
+        drop(names_held);
+        hidden.map_err(StoreError::io(&path, "hide it for removal"))?;
         let removed = partial::remove_held(&doomed);
         drop(held);
         removed.map_err(StoreError::io(&doomed, "remove it"))?;
@@ -223,8 +230,11 @@ impl Store {
         let job_dir = self.job_dir(job)?;
         let mut report = SweepReport::default();
         for entry in entries(&job_dir)? {
-            let Entry::Partial(number) = entry else { continue };
-            let path = job_dir.join(format!("{number}{PARTIAL_SUFFIX}"));
+            let path = match entry {
+                Entry::Complete(_) => continue,
+                Entry::Partial(number) => job_dir.join(format!("{number}{PARTIAL_SUFFIX}")),
+                Entry::Removed(number) => job_dir.join(format!("{number}{REMOVED_SUFFIX}")),
+            };
             match partial::sweep(&path) {
                 Ok(Swept::Removed) => report.removed.push(path),
                 Ok(Swept::InUse) => report.in_use.push(path),
@@ -335,12 +345,13 @@ fn default_root_from(var: impl Fn(&str) -> Option<std::ffi::OsString>) -> Result
 enum Entry {
     Complete(u64),
     Partial(u64),
+    Removed(u64),
 }
 
 impl Entry {
     fn number(&self) -> u64 {
         match *self {
-            Entry::Complete(number) | Entry::Partial(number) => number,
+            Entry::Complete(number) | Entry::Partial(number) | Entry::Removed(number) => number,
         }
     }
 }
@@ -350,12 +361,20 @@ fn entries(job_dir: &Path) -> Result<Vec<Entry>, StoreError> {
     let mut found = Vec::new();
     for name in names(job_dir)? {
         let Some(name) = name.to_str() else { continue };
-        match name.strip_suffix(PARTIAL_SUFFIX) {
-            Some(digits) => found.extend(parse_number(digits).map(Entry::Partial)),
-            None => found.extend(parse_number(name).map(Entry::Complete)),
+        if let Some(digits) = name.strip_suffix(REMOVED_SUFFIX) {
+            found.extend(parse_number(digits).map(Entry::Removed));
+        } else if let Some(digits) = name.strip_suffix(PARTIAL_SUFFIX) {
+            found.extend(parse_number(digits).map(Entry::Partial));
+        } else {
+            found.extend(parse_number(name).map(Entry::Complete));
         }
     }
     Ok(found)
+}
+
+/// The highest number in a job's directory, complete or not; 0 if there is none.
+fn highest_number(job_dir: &Path) -> Result<u64, StoreError> {
+    Ok(entries(job_dir)?.iter().map(Entry::number).max().unwrap_or(0))
 }
 
 /// A number as this store writes it: decimal, from 1, no leading zero or sign.

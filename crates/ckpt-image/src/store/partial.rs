@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Unfinished checkpoint directories: who holds them, and the removal of those that nobody does.
 //!
-//! The protocol needs no lock around the store, so that it also works where stores are shared by hosts:
+//! What is safe needs no lock around the store, so that it also works where stores are shared by hosts:
 //! 1. `X.partial` is made with mkdir, which one process wins. Inside, the file `lock` is the first entry to appear and
 //!    the last to go; the owner holds an flock(2) on it.
 //! 2. Whoever obtains the flock of a `lock` file that is still linked owns the directory, its maker or a sweeper.
@@ -21,6 +21,9 @@ use nix::fcntl::{Flock, FlockArg};
 
 /// Suffix of unfinished checkpoint directories.
 pub(super) const PARTIAL_SUFFIX: &str = ".partial";
+/// Suffix of directories being removed. Not that of claims, because a claim may hold `N.partial` for a moment until it
+/// finds `N` taken.
+pub(super) const REMOVED_SUFFIX: &str = ".removed.partial";
 /// Name of the lock file inside.
 pub(super) const LOCK_FILE: &str = "lock";
 
@@ -163,8 +166,7 @@ fn sweep_lockless(path: &Path) -> io::Result<bool> {
         return Ok(false);
     }
     empty_but_lock(path)?;
-    remove_dir_if_there(path)?;
-    Ok(true)
+    remove_dir_if_there(path)
 }
 
 /// Removes a directory whose lock the caller holds: the lock goes last.
@@ -174,18 +176,26 @@ pub(super) fn remove_held(path: &Path) -> io::Result<()> {
         Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    remove_dir_if_there(path)
+    remove_dir_if_there(path).map(drop)
 }
 
-fn remove_dir_if_there(path: &Path) -> io::Result<()> {
+/// Removes an emptied directory. False if something is in it again: since its lock is gone, others may have
+/// taken it away and made a new one under its name, which is theirs.
+fn remove_dir_if_there(path: &Path) -> io::Result<bool> {
     match fs::remove_dir(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(true),
+        Err(e) if e.kind() == ErrorKind::DirectoryNotEmpty => Ok(false),
+        Err(e) => Err(e),
     }
 }
 
 fn empty_but_lock(path: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(path)? {
+    let listing = match fs::read_dir(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for entry in listing {
         let entry = entry?;
         if entry.file_name() == LOCK_FILE {
             continue;
@@ -201,6 +211,20 @@ fn empty_but_lock(path: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Holds off renames in a job's directory while its numbers are read, and the other way round: a listing that runs
+/// beside a rename may show neither name. Held for moments only. `None` where directories cannot be locked (NFS); then
+/// mkdir still keeps numbers apart, but a number may come out lower than one just removed.
+pub(super) fn hold_names(job_dir: &Path) -> Option<Flock<File>> {
+    let mut dir = File::open(job_dir).ok()?;
+    loop {
+        match Flock::lock(dir, FlockArg::LockExclusive) {
+            Ok(flock) => return Some(flock),
+            Err((again, Errno::EINTR)) => dir = again,
+            Err(_) => return None,
+        }
+    }
 }
 
 /// Takes the lock of a complete checkpoint that is to be removed; a full disk is no hindrance.

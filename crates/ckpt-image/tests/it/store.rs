@@ -128,6 +128,10 @@ fn leftovers_are_swept_and_live_claims_are_not() {
     fs::create_dir(job.join("6.partial")).unwrap();
     fs::write(job.join("6.partial/pages"), "half").unwrap();
     fs::create_dir_all(job.join("7.partial/cut-tails/deep")).unwrap();
+    fs::create_dir(job.join("2.removed.partial")).unwrap();
+    fs::write(job.join("2.removed.partial/pages"), "half").unwrap();
+    fs::create_dir(job.join("7.removed.partial")).unwrap();
+    fs::write(job.join("7.removed.partial/lock"), "").unwrap();
     // Not the store's business.
     fs::create_dir(job.join("08.partial")).unwrap();
     fs::create_dir(job.join("notes")).unwrap();
@@ -153,7 +157,7 @@ fn leftovers_are_swept_and_live_claims_are_not() {
 fn concurrent_claims_get_distinct_numbers() {
     let scratch = Scratch::new("race");
     let store = Store::open(scratch.path()).unwrap();
-    let (threads, rounds) = (8, 25);
+    let (threads, rounds) = (8, 50);
     let barrier = Barrier::new(threads);
     let published = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -170,10 +174,10 @@ fn concurrent_claims_get_distinct_numbers() {
                     }
                     let path = claim.publish().unwrap();
                     assert_eq!(fs::read_to_string(path.join("mine")).unwrap(), format!("{thread} {round}"));
-                    published.lock().unwrap().push(number);
                     if round % 5 == 3 {
                         store.remove("job", number).unwrap();
-                        published.lock().unwrap().retain(|other| *other != number);
+                    } else {
+                        published.lock().unwrap().push(number);
                     }
                 }
             });
