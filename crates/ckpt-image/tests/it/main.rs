@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Tests of the image and the store; they need no privilege, and say so where they skip something.
 
+mod golden;
+mod hostile;
 mod round_trip;
 mod scratch;
+mod store;
