@@ -43,7 +43,8 @@ impl Bench {
         compile("start.c", "start", &[]);
         compile("state.c", "state", &[]);
         compile("no_heap.c", "no_heap", &[]);
-        compile("counting.c", "counting.so", &["-shared", "-fPIC"]);
+        // With the older of the two hash tables, which some libraries have.
+        compile("counting.c", "counting.so", &["-shared", "-fPIC", "-Wl,--hash-style=sysv"]);
         compile("early.c", "early.so", &["-shared", "-fPIC"]);
         let script = directory.join("script");
         let report = directory.join("report");
