@@ -28,24 +28,27 @@ impl Bench {
         let directory = std::env::temp_dir().join(format!("ckpt-interceptor-test-{}", std::process::id()));
         remove_leftovers(directory.parent().unwrap());
         std::fs::create_dir_all(&directory).unwrap();
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/programs");
         let compile = |source: &str, target: &str, flags: &[&str]| {
-            let status = Command::new("gcc")
+            let mut gcc = Command::new("gcc")
                 .args(["-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"])
                 .arg(directory.join(target))
-                .arg(sources.join(source))
                 .args(flags)
-                .status()
+                .args(["-x", "c", "-"])
+                .stdin(Stdio::piped())
+                .spawn()
                 .expect("gcc builds the test programs: install it (apt-get install gcc libc6-dev)");
-            assert!(status.success(), "gcc {source}");
+            gcc.stdin.take().unwrap().write_all(source.as_bytes()).unwrap();
+            assert!(gcc.wait().unwrap().success(), "gcc {target}");
         };
-        compile("report.c", "report", &[]);
-        compile("start.c", "start", &[]);
-        compile("state.c", "state", &[]);
-        compile("no_heap.c", "no_heap", &[]);
+        // Part of the test itself: it may run as a user who cannot read the sources.
+        compile(include_str!("programs/report.c"), "report", &[]);
+        compile(include_str!("programs/start.c"), "start", &[]);
+        compile(include_str!("programs/state.c"), "state", &[]);
+        compile(include_str!("programs/no_heap.c"), "no_heap", &[]);
         // With the older of the two hash tables, which some libraries have.
-        compile("counting.c", "counting.so", &["-shared", "-fPIC", "-Wl,--hash-style=sysv"]);
-        compile("early.c", "early.so", &["-shared", "-fPIC"]);
+        let counting = include_str!("programs/counting.c");
+        compile(counting, "counting.so", &["-shared", "-fPIC", "-Wl,--hash-style=sysv"]);
+        compile(include_str!("programs/early.c"), "early.so", &["-shared", "-fPIC"]);
         let script = directory.join("script");
         let report = directory.join("report");
         std::fs::write(&script, format!("exec {} script \"$@\"\n", report.display())).unwrap();
