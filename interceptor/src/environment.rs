@@ -2,15 +2,17 @@
 //! The environment of a new program: `LD_PRELOAD` completed so that we are loaded again.
 //!
 //! The rules, in order:
-//! - `CKPT_NO_INTERCEPTOR=1` in the environment, or our library no longer at its path (the loader would complain at every
-//!   start): our path is taken out of `LD_PRELOAD` if it is there, nothing is added;
+//! - `CKPT_NO_INTERCEPTOR=1` in the environment, or our library no longer at its path (the loader would
+//!   complain at every start): our path is taken out of `LD_PRELOAD` if it is there, nothing is added;
 //! - `LD_PRELOAD` names our path: the environment is handed on untouched;
 //! - otherwise our path is put before what `LD_PRELOAD` holds, or the variable is added at the end.
 //!
-//! The caller may be a signal handler, or a vfork child that shares its memory with its parent: the new array and the one new
-//! string live on the stack, in a block of exactly their size; no malloc, no mapping, no lock, and nothing here touches errno.
+//! The caller may be a signal handler, or a vfork child that shares its memory with its parent: the new
+//! array and the one new string live on the stack, in a block of exactly their size; no malloc, no
+//! mapping, no lock, and nothing here touches errno.
 //!
-//! Limits: an environment whose copy needs more than [`STACK_LIMIT_BYTES`] (some 4000 variables) is handed on as it is.
+//! Limits: an environment whose copy needs more than [`STACK_LIMIT_BYTES`] (some 4000 variables) is handed
+//! on as it is.
 
 use crate::real;
 use core::ffi::{CStr, c_char, c_int, c_void};
@@ -23,7 +25,8 @@ const PRELOAD: &[u8] = b"LD_PRELOAD=";
 /// `ckpt_abi::interceptor::OPT_OUT_VARIABLE`, set.
 const OPT_OUT: &CStr = c"CKPT_NO_INTERCEPTOR=1";
 
-// Naming libc makes the library depend on it, so that the loader initialises libc first and finds it in any program.
+// Naming libc makes the library depend on it, so that the loader initialises libc first and finds it in
+// any program.
 #[link(name = "c")]
 unsafe extern "C" {
     /// `environ(7)`.
@@ -38,7 +41,8 @@ pub fn current() -> *const *const c_char {
 
 /// Calls `exec` with the environment that the new program shall have, and returns what it returns.
 ///
-/// `exec` may be called a second time, with `envp` itself, if the kernel found the completed environment too big.
+/// `exec` may be called a second time, with `envp` itself, if the kernel found the completed environment
+/// too big.
 ///
 /// # Safety
 /// `envp` is null or a NULL-terminated array of C strings.
@@ -159,7 +163,8 @@ impl Plan {
     /// `block` has [`Self::size_bytes`] bytes and the alignment of a pointer.
     unsafe fn build(&self, block: *mut u8) -> *const *const c_char {
         let array = block.cast::<*const c_char>();
-        // SAFETY: `size_bytes` counts every byte written: the old variables, one more and the NULL, then the string.
+        // SAFETY: `size_bytes` counts every byte written: the old variables, one more and the NULL, then
+        // the string.
         unsafe {
             if self.count > 0 {
                 ptr::copy(self.envp, array, self.count);
@@ -200,8 +205,8 @@ impl Plan {
     }
 }
 
-/// Copies `bytes` to `to` and returns the address behind them. By `memmove`, here and elsewhere: linked today, `memcpy` would ask
-/// for libc 2.14, everything else for 2.2.5.
+/// Copies `bytes` to `to` and returns the address behind them. By `memmove`, here and elsewhere: linked
+/// today, `memcpy` would ask for libc 2.14, everything else for 2.2.5.
 ///
 /// # Safety
 /// `to` has room.
@@ -229,8 +234,9 @@ unsafe fn value_of_preload(variable: *const c_char) -> Option<*const u8> {
     Some(unsafe { bytes.add(PRELOAD.len()) })
 }
 
-/// Whether the loader could open the library, seen from the process's own root directory. `access(2)` is what the loader itself
-/// calls at each start, so that no system call filter that lets programs start refuses it.
+/// Whether the loader could open the library, seen from the process's own root directory. `access(2)` is
+/// what the loader itself calls at each start, so that no system call filter that lets programs start
+/// refuses it.
 fn is_readable(path: &CStr) -> bool {
     let result: isize;
     // SAFETY: access reads the path and changes nothing; called directly, it leaves errno alone.
@@ -258,8 +264,8 @@ fn on_stack<F: FnMut(*mut u8)>(size_bytes: usize, mut f: F) {
     unsafe { call_with_block(size_bytes, call::<F>, (&raw mut f).cast()) }
 }
 
-/// Takes `size_bytes` from the stack and calls `function(block, argument)`. One access per page on the way down, as compilers
-/// do for large frames, so that a guard page is hit and never jumped over.
+/// Takes `size_bytes` from the stack and calls `function(block, argument)`. One access per page on the way
+/// down, as compilers do for large frames, so that a guard page is hit and never jumped over.
 ///
 /// # Safety
 /// `function` accepts `argument`.

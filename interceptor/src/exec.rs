@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The interposed functions: every way of libc to start a program.
 //!
-//! Each completes the environment and calls the next definition of itself, or of the function that libc documents it to be a
-//! front end of (`exec(3)`): `execv` and `execl` are `execve`, `execvp` and `execlp` are `execvpe`, with `environ`. Search in
-//! `PATH`, the shell for scripts without `#!` and errno are therefore those of libc.
+//! Each completes the environment and calls the next definition of itself, or of the function that libc
+//! documents it to be a front end of (`exec(3)`): `execv` and `execl` are `execve`, `execvp` and `execlp`
+//! are `execvpe`, with `environ`. Search in `PATH`, the shell for scripts without `#!` and errno are
+//! therefore those of libc.
 //!
-//! Rust cannot define C-variadic functions, so `execl`, `execlp` and `execle` are a few instructions that lay the argument
-//! registers just below the arguments on the stack: the `argv` array, without a copy or a limit.
+//! Rust cannot define C-variadic functions, so `execl`, `execlp` and `execle` are a few instructions that
+//! lay the argument registers just below the arguments on the stack: the `argv` array, without a copy or a
+//! limit.
 
 use crate::environment::{Attempt, current, with_completed};
 use crate::real;
@@ -128,7 +130,8 @@ unsafe fn spawn_completed(
     envp: Strings,
 ) -> c_int {
     let Some(next) = next else { return libc::ENOSYS };
-    // SAFETY: as execve_completed. Not tried again when too big: the child has carried out the file actions by then.
+    // SAFETY: as execve_completed. Not tried again when too big: the child has carried out the file
+    // actions by then.
     unsafe {
         with_completed(envp, |envp| Attempt {
             result: next(pid, path, actions, attributes, argv, envp),
@@ -195,12 +198,13 @@ unsafe extern "C" fn execle_collected(path: *const c_char, argv: Strings) -> c_i
     }
 }
 
-/// Defines a C-variadic function `name(path, argument, …)` that calls `collected(path, array of arguments)`.
+/// Defines a C-variadic function `name(path, argument, …)` that calls `collected(path, array of
+/// arguments)`.
 ///
-/// On entry rsi, rdx, rcx, r8 and r9 hold the first five arguments, the return address lies at rsp and the further arguments
-/// above it. The return address is taken off and the five pushed in its place, which makes them contiguous with the others; it
-/// is kept below them and put back at the end. At the call rsp is aligned to 16 bytes: 8 below such an address on entry, minus
-/// one word popped and six pushed.
+/// On entry rsi, rdx, rcx, r8 and r9 hold the first five arguments, the return address lies at rsp and the
+/// further arguments above it. The return address is taken off and the five pushed in its place, which
+/// makes them contiguous with the others; it is kept below them and put back at the end. At the call rsp
+/// is aligned to 16 bytes: 8 below such an address on entry, minus one word popped and six pushed.
 macro_rules! variadic {
     ($(#[$doc:meta])* $name:ident => $collected:ident) => {
         $(#[$doc])*

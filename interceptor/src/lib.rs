@@ -2,22 +2,23 @@
 //! The interceptor: the part of ckpt that lives inside every dynamic process of a job, by `LD_PRELOAD`.
 //!
 //! # Purpose
-//! - It stays loaded across execve, posix_spawn and the like, also when the application hands on a cleaned environment
-//!   (`exec`, `environment`).
-//! - It exports the control word by which a dumper recognises it (`ckpt_abi::interceptor` is its description).
+//! - It stays loaded across execve, posix_spawn and the like, also when the application hands on a cleaned
+//!   environment (`exec`, `environment`).
+//! - It exports the control word by which a dumper recognises it (`ckpt_abi::interceptor` is its
+//!   description).
 //!
 //! # What it promises to the application
-//! At load it opens no fd, starts no thread, installs no signal handler and allocates nothing. Afterwards it holds no lock
-//! and no state that fork, vfork, signals or a concurrent exec could catch half-written: all it keeps are pointers that are
-//! stored once and never change.
+//! At load it opens no fd, starts no thread, installs no signal handler and allocates nothing. Afterwards
+//! it holds no lock and no state that fork, vfork, signals or a concurrent exec could catch half-written:
+//! all it keeps are pointers that are stored once and never change.
 //!
 //! # Limits
-//! - Programs that call the kernel past libc (`syscall(SYS_execve, …)`), and `system`, `popen` and `wordexp`, whose exec is
-//!   inside libc, are not seen: they keep the library only as far as the environment does. A process without the library is
-//!   dumped by ptrace alone.
+//! - Programs that call the kernel past libc (`syscall(SYS_execve, …)`), and `system`, `popen` and
+//!   `wordexp`, whose exec is inside libc, are not seen: they keep the library only as far as the
+//!   environment does. A process without the library is dumped by ptrace alone.
 //! - setuid programs ignore it, as the dynamic loader makes them.
-//! - It is kept only if `LD_PRELOAD` named it by an absolute path, and only for programs of its own architecture; the loader
-//!   of another (32-bit) one prints that it ignores the library.
+//! - It is kept only if `LD_PRELOAD` named it by an absolute path, and only for programs of its own
+//!   architecture; the loader of another (32-bit) one prints that it ignores the library.
 #![no_std]
 #![cfg(target_arch = "x86_64")]
 
@@ -51,8 +52,8 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     unsafe { core::arch::asm!("ud2", options(noreturn, nomem, nostack)) }
 }
 
-// The precompiled `core` refers to an unwinder, which nothing here calls. The symbols are hidden: exported, they would
-// stand in for those of a preloaded-into program that links libstd dynamically.
+// The precompiled `core` refers to an unwinder, which nothing here calls. The symbols are hidden:
+// exported, they would stand in for those of a preloaded-into program that links libstd dynamically.
 core::arch::global_asm!(
     ".pushsection .text.ckpt_no_unwinder, \"ax\", @progbits",
     ".globl rust_eh_personality",

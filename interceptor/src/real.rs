@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The next definitions of the interposed functions: what the application would have called without us.
 //!
-//! They are looked up in the objects that follow ours in load order, as `dlsym(RTLD_NEXT, …)` does, so that other preloaded
-//! libraries keep working. `dlsym` itself is not used: its version in the libc of the build host (2.34) would keep the
-//! library from loading into programs with an older libc, and before that it lived in a library of its own.
-//! `dl_iterate_phdr` has been in libc since 2.2.5 and allocates nothing.
+//! They are looked up in the objects that follow ours in load order, as `dlsym(RTLD_NEXT, …)` does, so
+//! that other preloaded libraries keep working. `dlsym` itself is not used: its version in the libc of the
+//! build host (2.34) would keep the library from loading into programs with an older libc, and before that
+//! it lived in a library of its own. `dl_iterate_phdr` has been in libc since 2.2.5 and allocates nothing.
 //!
-//! Format: ELF dynamic symbol tables (`System V ABI`, chapter 5), with `DT_GNU_HASH` or `DT_HASH`, and the default version of
-//! each symbol (`DT_VERSYM` without the hidden bit).
+//! Format: ELF dynamic symbol tables (`System V ABI`, chapter 5), with `DT_GNU_HASH` or `DT_HASH`, and the
+//! default version of each symbol (`DT_VERSYM` without the hidden bit).
 //!
-//! Limits: a program linked against a libc before 2.15 gets the newer `posix_spawn`, which does not run a script
-//! without `#!` by the shell.
+//! Limits: a program linked against a libc before 2.15 gets the newer `posix_spawn`, which does not run a
+//! script without `#!` by the shell.
 
 use core::ffi::{CStr, c_char, c_int, c_void};
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
@@ -62,14 +62,16 @@ static POSIX_SPAWNP: Next = Next::new(c"posix_spawnp");
 static ALL: [&Next; 6] = [&EXECVE, &EXECVPE, &EXECVEAT, &FEXECVE, &POSIX_SPAWN, &POSIX_SPAWNP];
 
 static RESOLVED: AtomicBool = AtomicBool::new(false);
-/// The path we were loaded from, null while unknown; owned by the dynamic loader, which never unloads a preload.
+/// The path we were loaded from, null while unknown; owned by the dynamic loader, which never unloads a
+/// preload.
 static OWN_PATH: AtomicPtr<c_char> = AtomicPtr::new(core::ptr::null_mut());
 
 macro_rules! next_function {
     ($(#[$doc:meta])* $name:ident, $cell:ident, $type:ty) => {
         $(#[$doc])*
         pub fn $name() -> Option<$type> {
-            // SAFETY: the address is that of the function symbol of this name, whose C prototype is this type.
+            // SAFETY: the address is that of the function symbol of this name, whose C prototype is this
+            // type.
             $cell.get().map(|address| unsafe { core::mem::transmute::<*mut c_void, $type>(address) })
         }
     };
@@ -106,11 +108,13 @@ pub fn own_path() -> Option<&'static CStr> {
         resolve();
     }
     let path = OWN_PATH.load(Ordering::Acquire);
-    // SAFETY: not null, so it is the loader's NUL-terminated name of our object, which lives as long as we do.
+    // SAFETY: not null, so it is the loader's NUL-terminated name of our object, which lives as long as we
+    // do.
     (!path.is_null()).then(|| unsafe { CStr::from_ptr(path) })
 }
 
-/// Finds our own path and the next definitions. Running it twice, or in two threads at once, stores the same values twice.
+/// Finds our own path and the next definitions. Running it twice, or in two threads at once, stores the
+/// same values twice.
 pub fn resolve() {
     let mut walk = Walk { passed_ourselves: false };
     // SAFETY: the callback is called with our `walk` and only during this call.
@@ -124,7 +128,8 @@ struct Walk {
 
 /// Called by the dynamic loader for each loaded object, in load order.
 unsafe extern "C" fn visit(info: *mut libc::dl_phdr_info, _size: usize, walk: *mut c_void) -> c_int {
-    // SAFETY: the loader passes a valid description of a loaded object, and the pointer handed to dl_iterate_phdr.
+    // SAFETY: the loader passes a valid description of a loaded object, and the pointer handed to
+    // dl_iterate_phdr.
     let (info, walk) = unsafe { (&*info, &mut *walk.cast::<Walk>()) };
     // SAFETY: the program headers of a loaded object.
     let headers = unsafe { core::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum as usize) };
@@ -195,7 +200,8 @@ impl SymbolTable {
     /// # Safety
     /// `dynamic` is the dynamic section of an object loaded at `base`.
     unsafe fn of_object(base: usize, mut dynamic: *const Dynamic) -> Option<Self> {
-        // The loader turns the offsets in a writable dynamic section into addresses; that of the vdso keeps its offsets.
+        // The loader turns the offsets in a writable dynamic section into addresses; that of the vdso
+        // keeps its offsets.
         let address = |value: usize| if value < base { base.wrapping_add(value) } else { value };
         let mut table = Self {
             base,
@@ -243,8 +249,8 @@ impl SymbolTable {
             .to_bytes()
             .iter()
             .fold(5381u32, |hash, byte| hash.wrapping_mul(33).wrapping_add(u32::from(*byte)));
-        // SAFETY: nbuckets, symoffset, bloom_size (64-bit words), bloom_shift, bloom, buckets, chain: the format of the
-        // section, all within the mapped object; a chain ends at an entry with bit 0 set.
+        // SAFETY: nbuckets, symoffset, bloom_size (64-bit words), bloom_shift, bloom, buckets, chain: the
+        // format of the section, all within the mapped object; a chain ends at an entry with bit 0 set.
         unsafe {
             let (buckets_count, first_symbol) = (*self.gnu_hash, *self.gnu_hash.add(1));
             let bloom_words = *self.gnu_hash.add(2) as usize;
@@ -299,13 +305,14 @@ impl SymbolTable {
         None
     }
 
-    /// The address of symbol `index` if it is a function defined here, is called `name` and has the default version.
+    /// The address of symbol `index` if it is a function defined here, is called `name` and has the
+    /// default version.
     ///
     /// # Safety
     /// As [`Self::find`]; `index` comes from the object's hash table.
     unsafe fn address_if(&self, index: usize, name: &CStr) -> Option<*mut c_void> {
-        // SAFETY: an index of the hash table is one of the symbol table and of the version table; a name's offset lies
-        // in the string table.
+        // SAFETY: an index of the hash table is one of the symbol table and of the version table; a name's
+        // offset lies in the string table.
         unsafe {
             let symbol = &*self.symbols.add(index);
             let matches = symbol.st_shndx != SHN_UNDEF

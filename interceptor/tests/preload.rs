@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The interceptor, loaded into real programs: it is there after every way to start a program, and nothing else differs from
-//! a start without it.
+//! The interceptor, loaded into real programs: it is there after every way to start a program, and nothing
+//! else differs from a start without it.
 //!
-//! Each comparison runs the same C program (`programs/*.c`) twice, without and with the library. The library under test is the
-//! release build, the one that is installed; `CKPT_TEST_INTERCEPTOR` names another one.
+//! Each comparison runs the same C program (`programs/*.c`) twice, without and with the library. The
+//! library under test is the release build, the one that is installed; `CKPT_TEST_INTERCEPTOR` names
+//! another one.
 
 use ckpt_abi::interceptor as abi;
 use std::io::{BufRead, BufReader, Write};

@@ -2,9 +2,9 @@
 //! The interceptor's control word: how a dumper recognises a process that carries the interceptor.
 //!
 //! # Format
-//! `libckpt_interceptor.so` exports one data symbol, [`CONTROL_SYMBOL`], in its ELF dynamic symbol table. It is a
-//! [`Control`]: one page of its own, in the library's private writable data, so that each process has its own copy
-//! (fork copies it, execve starts afresh). A dumper finds it from outside:
+//! `libckpt_interceptor.so` exports one data symbol, [`CONTROL_SYMBOL`], in its ELF dynamic symbol table.
+//! It is a [`Control`]: one page of its own, in the library's private writable data, so that each process
+//! has its own copy (fork copies it, execve starts afresh). A dumper finds it from outside:
 //! 1. the mapping of the library in `/proc/PID/maps`, at file offset 0, gives the load address;
 //! 2. the symbol's value in the file's `.dynsym` is added to it;
 //! 3. the page is read (and, with the process frozen, written) through `/proc/PID/mem`.
@@ -12,8 +12,9 @@
 //! All fields are little-endian, the byte order of the only architecture there is.
 //!
 //! # Limits
-//! A reader must check `magic`, then `version`, then `size`, and treat a process where one of them is not what it knows
-//! as a process without the interceptor. Reserved bytes are zero in version 1. The layout of a version never changes.
+//! A reader must check `magic`, then `version`, then `size`, and treat a process where one of them is not
+//! what it knows as a process without the interceptor. Reserved bytes are zero in version 1. The layout of
+//! a version never changes.
 
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -23,8 +24,9 @@ pub const CONTROL_SYMBOL: &str = "ckpt_control";
 /// File name of the library.
 pub const LIBRARY_NAME: &str = "libckpt_interceptor.so";
 
-/// Variable by which an application keeps the interceptor out of a program it starts: with the value `1` in the
-/// environment handed to exec, the library is not added to `LD_PRELOAD`, and taken out if it is there.
+/// Variable by which an application keeps the interceptor out of a program it starts: with the value `1`
+/// in the environment handed to exec, the library is not added to `LD_PRELOAD`, and taken out if it is
+/// there.
 pub const OPT_OUT_VARIABLE: &str = "CKPT_NO_INTERCEPTOR";
 
 /// First eight bytes of the control word: `CKPTCTL` and a zero byte, in memory order.
@@ -58,7 +60,8 @@ pub struct Control {
     pub state: AtomicU32,
     /// Zero; keeps `generation` aligned.
     pub reserved0: u32,
-    /// Zero at load; for the dumper, which may count the dumps of this process here. The library never writes it.
+    /// Zero at load; for the dumper, which may count the dumps of this process here. The library never
+    /// writes it.
     pub generation: AtomicU64,
     /// Zero in this version.
     pub reserved: [u8; CONTROL_SIZE_BYTES - 32],
@@ -94,8 +97,9 @@ pub struct ControlSnapshot {
     pub generation: u64,
 }
 
-/// Decodes the bytes read at the symbol. `None` if they are not a version 1 control word: too short, another magic,
-/// version or size. The bytes come from an untrusted process and are only compared, never followed.
+/// Decodes the bytes read at the symbol. `None` if they are not a version 1 control word: too short,
+/// another magic, version or size. The bytes come from an untrusted process and are only compared, never
+/// followed.
 pub fn decode_control(bytes: &[u8]) -> Option<ControlSnapshot> {
     let u32_at = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
     let u64_at = |at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));

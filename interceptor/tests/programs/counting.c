@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * counting.so - another preloaded library that interposes execve: it says so on stderr, then calls the next one.
+ * counting.so - another preloaded library that interposes execve: it says so on stderr, then calls the
+ * next one.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

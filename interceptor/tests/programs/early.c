@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * early.so - a library whose constructor starts a program, before those of the libraries preloaded ahead of it have run.
+ * early.so - a library whose constructor starts a program, before those of the libraries preloaded ahead
+ * of it have run.
  */
 #include <spawn.h>
 #include <stdlib.h>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * no_heap - exits with 0 if nothing has allocated before main: the program break is where the kernel put it.
+ * no_heap - exits with 0 if nothing has allocated before main: the program break is where the kernel put
+ * it.
  */
 #include <fcntl.h>
 #include <string.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * report - prints what it was started with, one item a line, for the test to compare: its arguments, its environment, and
- * whether the interceptor is mapped.
+ * report - prints what it was started with, one item a line, for the test to compare: its arguments, its
+ * environment, and whether the interceptor is mapped.
  */
 #include <stdio.h>
 #include <string.h>

@@ -7,8 +7,8 @@
  * ENVIRONMENT: "empty"; "null" (no array at all); "inherit"; "big:N" (N variables more than empty);
  * otherwise variables separated by '|'. The functions without an environment argument get it as environ.
  *
- * When the program could not be started: prints "failed ERRNO" and exits with 0; the process has then also checked that
- * nothing else about it changed.
+ * When the program could not be started: prints "failed ERRNO" and exits with 0; the process has then also
+ * checked that nothing else about it changed.
  */
 /* execl without any argument, and vfork, are what is tested here. */
 #pragma GCC diagnostic ignored "-Wformat"
@@ -69,26 +69,26 @@ static int wait_for(pid_t pid)
 
 /* execl and its like have as many arguments as the source has: the counts the test asks for. */
 #define A(i) argv[i]
-#define CALL(function, ...)                                                                                                        \
-	do {                                                                                                                       \
-		switch (argc) {                                                                                                    \
-		case 0: function(path, (char *)NULL __VA_ARGS__); break;                                                           \
-		case 1: function(path, A(0), (char *)NULL __VA_ARGS__); break;                                                     \
-		case 2: function(path, A(0), A(1), (char *)NULL __VA_ARGS__); break;                                               \
-		case 3: function(path, A(0), A(1), A(2), (char *)NULL __VA_ARGS__); break;                                         \
-		case 4: function(path, A(0), A(1), A(2), A(3), (char *)NULL __VA_ARGS__); break;                                   \
-		case 5: function(path, A(0), A(1), A(2), A(3), A(4), (char *)NULL __VA_ARGS__); break;                             \
-		case 6: function(path, A(0), A(1), A(2), A(3), A(4), A(5), (char *)NULL __VA_ARGS__); break;                       \
-		case 12:                                                                                                           \
-			function(path, A(0), A(1), A(2), A(3), A(4), A(5), A(6), A(7), A(8), A(9), A(10), A(11),                   \
-				 (char *)NULL __VA_ARGS__);                                                                        \
-			break;                                                                                                     \
-		default: abort();                                                                                                  \
-		}                                                                                                                  \
+#define CALL(function, ...) \
+	do { \
+		switch (argc) { \
+		case 0: function(path, (char *)NULL __VA_ARGS__); break; \
+		case 1: function(path, A(0), (char *)NULL __VA_ARGS__); break; \
+		case 2: function(path, A(0), A(1), (char *)NULL __VA_ARGS__); break; \
+		case 3: function(path, A(0), A(1), A(2), (char *)NULL __VA_ARGS__); break; \
+		case 4: function(path, A(0), A(1), A(2), A(3), (char *)NULL __VA_ARGS__); break; \
+		case 5: function(path, A(0), A(1), A(2), A(3), A(4), (char *)NULL __VA_ARGS__); break; \
+		case 6: function(path, A(0), A(1), A(2), A(3), A(4), A(5), (char *)NULL __VA_ARGS__); break; \
+		case 12: \
+			function(path, A(0), A(1), A(2), A(3), A(4), A(5), A(6), A(7), A(8), A(9), A(10), A(11), \
+				 (char *)NULL __VA_ARGS__); \
+			break; \
+		default: abort(); \
+		} \
 	} while (0)
 #define COMMA ,
 
-/* Checks what a failing call must leave alone: the callee-saved registers and the stack, by a frame full of values. */
+/* What a failing call must leave alone, registers and stack, is checked by a frame full of values. */
 static uint64_t canary(uint64_t seed)
 {
 	return seed * 6364136223846793005u + 1442695040888963407u;
@@ -121,8 +121,8 @@ static int spawn(const char *way, const char *path, char **argv, char **envp)
 	sigset_t mask, defaults;
 	pid_t pid = 0;
 	int with_all = !strcmp(way, "posix_spawn_attributes");
-	int (*function)(pid_t *, const char *, const posix_spawn_file_actions_t *, const posix_spawnattr_t *, char *const[],
-			char *const[]) = !strcmp(way, "posix_spawnp") ? posix_spawnp : posix_spawn;
+	int (*function)(pid_t *, const char *, const posix_spawn_file_actions_t *, const posix_spawnattr_t *,
+			char *const[], char *const[]) = !strcmp(way, "posix_spawnp") ? posix_spawnp : posix_spawn;
 
 	if (with_all) {
 		/* stdout goes where fd 1 went, by way of fd 7; SIGUSR1 is blocked; a process group of its own. */

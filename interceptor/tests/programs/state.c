@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
- * state - prints what a process can see of itself that a preloaded library could have changed: open fds, tasks, signal masks
- * and handlers.
+ * state - prints what a process can see of itself that a preloaded library could have changed: open fds,
+ * tasks, signal masks and handlers.
  */
 #include <dirent.h>
 #include <stdio.h>
