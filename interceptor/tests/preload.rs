@@ -80,9 +80,14 @@ fn library() -> PathBuf {
     if let Some(path) = std::env::var_os("CKPT_TEST_INTERCEPTOR") {
         return std::fs::canonicalize(path).expect("CKPT_TEST_INTERCEPTOR names the library");
     }
-    let output = Command::new(env!("CARGO"))
+    // As cargo sets them when it runs a test, and not when it built it: the checkout may have moved since.
+    let [cargo, package] = ["CARGO", "CARGO_MANIFEST_DIR"].map(|name| {
+        std::env::var_os(name)
+            .unwrap_or_else(|| panic!("run by cargo test, or with CKPT_TEST_INTERCEPTOR set"))
+    });
+    let output = Command::new(cargo)
         .args(["build", "--release", "--package", "ckpt-interceptor", "--message-format=json"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .current_dir(package)
         .stderr(Stdio::inherit())
         .output()
         .expect("cargo runs");
