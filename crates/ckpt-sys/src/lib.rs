@@ -1,2 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! All unsafe system calls of ckpt, one file per family.
+
+pub mod local_socket;
+pub mod namespace;
+pub mod pty;
+pub mod spawn;
