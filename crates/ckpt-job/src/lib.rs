@@ -24,6 +24,7 @@ pub mod launch;
 mod mounts;
 pub mod name;
 pub mod namespaces;
+pub mod probe;
 pub mod registry;
 pub mod spec;
 mod supervise;

@@ -3,5 +3,6 @@
 
 pub mod local_socket;
 pub mod namespace;
+pub mod probe;
 pub mod pty;
 pub mod spawn;

@@ -227,12 +227,27 @@ pub fn fork_sibling(child: impl FnOnce() -> i32) -> io::Result<i32> {
     fork_with(libc::CLONE_PARENT, child)
 }
 
+/// As [`fork_child`], but the child gets this pid in the caller's pid namespace for children (`clone3` with `set_tid`).
+///
+/// # Errors
+/// As [`fork_child`]; `EPERM` without CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN in the owner of the pid namespace, `EEXIST` if the pid is
+/// taken.
+pub fn fork_child_with_pid(pid: i32, child: impl FnOnce() -> i32) -> io::Result<i32> {
+    require_one_thread()?;
+    let set_tid = [pid];
+    // SAFETY: clone_args is plain old data; zeroed means nothing special.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    arguments.set_tid = set_tid.as_ptr() as u64;
+    arguments.set_tid_size = 1;
+    let size = size_of::<libc::clone_args>();
+    // SAFETY: no CLONE_VM and no stack: this is fork with a chosen pid; the pointers are to live memory.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size) };
+    run_if_child(result as libc::pid_t, child)
+}
+
 fn fork_with(flags: libc::c_int, child: impl FnOnce() -> i32) -> io::Result<i32> {
-    let threads = std::fs::read_dir("/proc/self/task")?.count();
-    if threads != 1 {
-        let text = format!("fork from a process with {threads} threads");
-        return Err(io::Error::new(io::ErrorKind::Unsupported, text));
-    }
+    require_one_thread()?;
     let pid = if flags == 0 {
         // SAFETY: there is one thread, so that the child has a consistent copy of everything.
         unsafe { libc::fork() }
@@ -242,6 +257,20 @@ fn fork_with(flags: libc::c_int, child: impl FnOnce() -> i32) -> io::Result<i32>
         // run and its cached tid is stale in the child, which executes another program soon.
         (unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) }) as libc::pid_t
     };
+    run_if_child(pid, child)
+}
+
+fn require_one_thread() -> io::Result<()> {
+    match std::fs::read_dir("/proc/self/task")?.count() {
+        1 => Ok(()),
+        threads => {
+            let text = format!("fork from a process with {threads} threads");
+            Err(io::Error::new(io::ErrorKind::Unsupported, text))
+        }
+    }
+}
+
+fn run_if_child(pid: libc::pid_t, child: impl FnOnce() -> i32) -> io::Result<i32> {
     if check(pid)? == 0 {
         let status = child();
         // SAFETY: ends the process at once; exit handlers and buffers belong to the parent.
@@ -358,7 +387,14 @@ fn prepare_and_execute(command: &Command<'_>) -> io::Result<std::convert::Infall
         match this.raw_os_error() {
             Some(libc::ENOENT | libc::ENOTDIR) => {}
             // As execvp(3): go on looking, and remember that there was something.
-            Some(libc::EACCES) => error = this,
+            Some(libc::EACCES) => {
+                // A directory of PATH that may not be searched says nothing about the program.
+                // SAFETY: a null-terminated string.
+                let exists = unsafe { libc::access(candidate.as_ptr(), libc::F_OK) } == 0;
+                if exists || program.to_bytes().contains(&b'/') {
+                    error = this;
+                }
+            }
             // A script without #! line: execvp(3) and every shell give it to sh.
             Some(libc::ENOEXEC) => {
                 let mut words = vec![c"sh".to_owned(), candidate.clone()];
