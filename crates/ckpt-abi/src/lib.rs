@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! ckpt-abi
+//! Binary interfaces between the parts of ckpt, without dependencies and without the standard library, so
+//! that every part can share the same definitions.
 #![no_std]
+#![forbid(unsafe_code)]
 
+pub mod init_protocol;
 pub mod interceptor;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Errors of dump and restore.
 
-use ckpt_image::{CodecError, ReadError, WriteError};
+use ckpt_image::codec::CodecError;
+use ckpt_image::{ReadError, WriteError};
 use ckpt_sys::Errno;
 use ckpt_sys::area::RemoteError;
 use ckpt_sys::inject::InjectError;

@@ -9,11 +9,16 @@ pub mod clock;
 pub mod descriptor;
 pub mod hook;
 pub mod inject;
+pub mod local_socket;
 pub mod memory;
+pub mod namespace;
+pub mod probe;
 pub mod ptrace;
+pub mod pty;
 pub mod socket;
+pub mod spawn;
 pub mod task;
 
+pub use libc;
 pub use nix::errno::Errno;
 pub use nix::unistd::Pid;
-pub use libc;

@@ -126,7 +126,8 @@ pub fn set_affinity(tid: Pid, mask: &[u8]) -> Result<()> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct SchedAttr {
-    size: u32,
+    /// Length of this structure in bytes; set by [`set_sched_attr`].
+    pub size: u32,
     /// SCHED_OTHER, SCHED_BATCH, …
     pub policy: u32,
     /// SCHED_FLAG_RESET_ON_FORK and others.

@@ -68,7 +68,7 @@ impl Resource for CredentialResource {
         let securebits = cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])?;
         let (_, signal) = cx.live().query::<4>(libc::SYS_prctl, |at| [PR_GET_PDEATHSIG, at, 0, 0, 0, 0])?;
         let s: Status = status;
-        let groups = s.groups.iter().map(|g| *g as u32).collect();
+        let groups = s.groups.clone();
         let record = CredentialRecord {
             uid: [s.ruid, s.euid, s.suid, s.fuid],
             gid: [s.rgid, s.egid, s.sgid, s.fgid],
@@ -94,7 +94,7 @@ impl Resource for CredentialResource {
             .map_err(|e| RestoreError::Record(format!("thread {tid}: {e}")))?;
         let now_uid = [now.ruid, now.euid, now.suid, now.fuid];
         let now_gid = [now.rgid, now.egid, now.sgid, now.fgid];
-        let mut groups: Vec<u32> = now.groups.iter().map(|g| *g as u32).collect();
+        let mut groups = now.groups.clone();
         let mut wanted = c.groups.clone();
         groups.sort_unstable();
         wanted.sort_unstable();

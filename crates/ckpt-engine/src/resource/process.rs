@@ -70,16 +70,15 @@ impl Resource for ProcessResource {
     }
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
-        let own = procfs::process::Process::myself().and_then(|p| p.status()).ok();
         // Filters that ckpt itself runs under are the host's doing, and will be there at the restore.
-        let host_filters = own.and_then(|s| s.seccomp_filters).unwrap_or(0);
+        let host_filters = seccomp_filters(Pid::this());
         let nesting = nesting(job);
         for p in &job.processes {
             let s = &p.status;
             if p.zombie.is_some() && p.threads.len() > 1 {
                 refusals.process(p.pid, "its main thread has ended and others run on", "not supported");
             }
-            if s.seccomp.unwrap_or(0) == 1 || s.seccomp_filters.unwrap_or(0) > host_filters {
+            if s.seccomp.unwrap_or(0) == 1 || seccomp_filters(p.host) > host_filters {
                 refusals.process(p.pid, "it runs under a seccomp filter", "not supported; start it without its sandbox");
             }
             if s.nspid.as_ref().is_some_and(|n| n.len() != nesting) {
@@ -142,6 +141,12 @@ impl Resource for ProcessResource {
         }
         Ok(())
     }
+}
+
+/// Number of seccomp filters a process runs under.
+fn seccomp_filters(pid: Pid) -> u32 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    text.lines().find_map(|l| l.strip_prefix("Seccomp_filters:")?.trim().parse().ok()).unwrap_or(0)
 }
 
 /// How many pid namespaces the job's processes are in, seen from here.

@@ -246,7 +246,7 @@ impl<'a> Build<'a> {
     /// setsid(2) for leaders all of whose children from before are there.
     fn lead_sessions(&mut self, tree: &mut Tree, wanted: &BTreeMap<i32, ProcessRecord>) -> Result<(), RestoreError> {
         for p in wanted.values().filter(|p| p.sid == p.pid) {
-            if !tree.session.get(&p.pid).is_some_and(|s| *s != p.pid) {
+            if tree.session.get(&p.pid).is_none_or(|s| *s == p.pid) {
                 continue;
             }
             let early = |c: &&ProcessRecord| c.ppid == p.pid && Self::birth(wanted, c).is_some_and(|b| b != p.pid);

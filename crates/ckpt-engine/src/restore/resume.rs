@@ -75,12 +75,10 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
 }
 
 fn ignores_sigtrap(build: &Build<'_>, pid: i32) -> Result<Option<[u64; 4]>, RestoreError> {
-    for r in build.image.of_kind(Kind::Signal).filter(|r| r.owner == pid as u64) {
-        let s: SignalRecord = decode(r, crate::resource::signal::VERSION)?;
-        let action = s.actions.iter().find(|a| a.signal == libc::SIGTRAP as u32);
-        return Ok(action.filter(|a| a.handler == libc::SIG_IGN as u64).map(|a| [a.handler, a.flags, a.restorer, a.mask]));
-    }
-    Ok(None)
+    let Some(r) = build.image.of_kind(Kind::Signal).find(|r| r.owner == pid as u64) else { return Ok(None) };
+    let s: SignalRecord = decode(r, crate::resource::signal::VERSION)?;
+    let action = s.actions.iter().find(|a| a.signal == libc::SIGTRAP as u32 && a.handler == libc::SIG_IGN as u64);
+    Ok(action.map(|a| [a.handler, a.flags, a.restorer, a.mask]))
 }
 
 /// A `syscall` instruction in the process's vDSO.

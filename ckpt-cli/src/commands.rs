@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One file per command.
+
+pub mod attach;
+pub mod check;
+pub mod doctor;
+pub mod dump;
+pub mod init;
+pub mod inspect;
+pub mod kill;
+pub mod list;
+pub mod ps;
+pub mod restore;
+pub mod rm;
+pub mod run;
+pub mod verify;
+pub mod wait;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::args::StoreArg;
+
+/// The store to use: what the user says, else the default of this user. Absolute; need not exist.
+pub fn store_directory(arg: &StoreArg) -> Result<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let chosen = arg
+        .store
+        .clone()
+        .or_else(|| variable("CKPT_STORE"))
+        .or_else(|| variable("XDG_STATE_HOME").map(|state| state.join("ckpt")))
+        .or_else(|| variable("HOME").map(|home| home.join(".local/state/ckpt")));
+    let Some(chosen) = chosen else {
+        bail!("there is no place for checkpoints: HOME is not set; give --store DIR");
+    };
+    std::path::absolute(&chosen).with_context(|| format!("store {}", chosen.display()))
+}

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `ckpt list`.
+
+use anyhow::{Result, bail};
+
+use crate::args::ListArgs;
+use crate::exit_code::ExitCode;
+use crate::report::Report;
+
+/// Runs the command.
+pub fn run(_args: &ListArgs, _report: &Report) -> Result<ExitCode> {
+    bail!("this build of ckpt has no 'list'")
+}

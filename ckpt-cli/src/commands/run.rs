@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `ckpt run`: start an application as a job.
+
+use std::io::{self, IsTerminal as _};
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use ckpt_job::attachment::AttachmentEnd;
+use ckpt_job::launch::LaunchEvent;
+use ckpt_job::{Job, JobName, LaunchError, LaunchSpec, Registry, RegistryError, Work};
+
+use crate::args::RunArgs;
+use crate::commands::store_directory;
+use crate::exit_code::ExitCode;
+use crate::report::Report;
+
+/// Runs the command.
+pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
+    let store = store_directory(&args.store)?;
+    let interceptor = if args.no_interceptor { None } else { usable_interceptor(report) };
+    let tty =
+        args.tty || (!args.no_tty && !args.detach && io::stdin().is_terminal() && io::stdout().is_terminal());
+    let window = ckpt_sys::pty::window_size(io::stdin().as_fd()).ok().map(|size| (size.rows, size.columns));
+    let spec = |name: JobName| LaunchSpec {
+        log: log_path(&store, &name),
+        name,
+        store: store.clone(),
+        work: Work::Command { argv: args.command.clone(), environment: std::env::vars_os().collect() },
+        tty,
+        window,
+        detach: args.detach,
+        interceptor: interceptor.clone(),
+        hostname: None,
+        domainname: None,
+        time: None,
+        restored_from: None,
+    };
+    let job = match &args.name {
+        Some(name) => launch(spec(name.clone()), report)?,
+        None => loop {
+            let name = free_name(&store)?;
+            match launch(spec(name), report) {
+                // Somebody made up the same name at the same time.
+                Err(LaunchError::Registry(RegistryError::NameTaken(_))) => {}
+                started => break started?,
+            }
+        },
+    };
+    if args.name.is_none() || args.detach {
+        report.note(&format!("job {}", job.name));
+    }
+    if args.detach {
+        report.note(&format!("output goes to {}", job.log.display()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    stay(job, report)
+}
+
+fn launch(spec: LaunchSpec, report: &Report) -> Result<Job, LaunchError> {
+    let started = ckpt_job::launch(spec, Vec::new(), |event| match event {
+        LaunchEvent::Progress(text) => report.progress(&text),
+        LaunchEvent::Warning(text) => report.warning(&text),
+    });
+    report.clear();
+    started
+}
+
+/// Stays with a job in the foreground; ends with its status.
+pub fn stay(job: Job, report: &Report) -> Result<ExitCode> {
+    let name = job.name.clone();
+    let end = ckpt_job::foreground(job)?;
+    Ok(end_of_attachment(&name, end, report))
+}
+
+/// What the end of an attachment means for the exit code, and for the person.
+pub fn end_of_attachment(name: &JobName, end: AttachmentEnd, report: &Report) -> ExitCode {
+    match end {
+        AttachmentEnd::Exited(outcome) => ExitCode::of_job(outcome.status),
+        AttachmentEnd::TakenOver => {
+            report.note(&format!("another terminal is attached to job {name} now; it goes on"));
+            ExitCode::SUCCESS
+        }
+        AttachmentEnd::Detached => {
+            report.note(&format!("detached; job {name} goes on"));
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+/// Where a job's output goes while nobody is attached.
+pub fn log_path(store: &Path, name: &JobName) -> PathBuf {
+    store.join(name).join("log")
+}
+
+/// A made-up name that neither a live job nor a job in the store has.
+pub fn free_name(store: &Path) -> Result<JobName, RegistryError> {
+    let registry = Registry::open()?;
+    Ok(ckpt_job::made_up_name(|name| registry.entry(name).exists() || store.join(name).exists()))
+}
+
+fn usable_interceptor(report: &Report) -> Option<PathBuf> {
+    let Some(path) = find_interceptor() else {
+        report.warning(
+            "libckpt_interceptor.so is neither beside ckpt nor in ../lib/ckpt: the job runs without it and can be dumped, less politely; --no-interceptor says that this is intended",
+        );
+        return None;
+    };
+    // LD_PRELOAD separates paths by colons and spaces and has no way to quote them (ld.so(8)).
+    if path.to_str().is_none_or(|text| text.contains([':', ' ', '\t', '\n'])) {
+        report.warning(&format!(
+            "{}: the path holds a colon or a space, which LD_PRELOAD cannot express: the job runs without ckpt's interceptor",
+            path.display()
+        ));
+        return None;
+    }
+    Some(path)
+}
+
+/// The interceptor: beside this program, or in ../lib/ckpt.
+pub fn find_interceptor() -> Option<PathBuf> {
+    let program = std::env::current_exe().ok()?;
+    let directory = program.parent()?;
+    let candidates = [
+        directory.join("libckpt_interceptor.so"),
+        directory.parent().unwrap_or(directory).join("lib/ckpt/libckpt_interceptor.so"),
+    ];
+    candidates.into_iter().find(|candidate| candidate.is_file())
+}

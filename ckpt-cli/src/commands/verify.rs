@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `ckpt verify`.
+
+use anyhow::{Result, bail};
+
+use crate::args::VerifyArgs;
+use crate::exit_code::ExitCode;
+use crate::report::Report;
+
+/// Runs the command.
+pub fn run(_args: &VerifyArgs, _report: &Report) -> Result<ExitCode> {
+    bail!("this build of ckpt has no 'verify'")
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! ckpt's own exit codes.
+//!
+//! `run`, `wait`, `attach` and `restore` (in the foreground) end with the job's exit status: the main process's code, or 128 + n if signal n
+//! killed it. Everything that is ckpt's own lies where programs rarely are:
+//!
+//! | code | meaning |
+//! |-----:|---------|
+//! | 0 | done (or the job's status) |
+//! | 1 | a failure without a code of its own, in commands that do not end with a job's status |
+//! | 2 | wrong usage |
+//! | 112 | not found: no such job, checkpoint or file |
+//! | 113 | conflict: the name, a port or a file is in use, a file has changed, another dump is going on |
+//! | 114 | refused: the job holds something that ckpt does not support; it goes on |
+//! | 115 | corrupt: the image is damaged, or made by a newer ckpt |
+//! | 116 | host cannot: this host or kernel lacks or forbids something, see `ckpt doctor` |
+//! | 117 | no space, or a store that cannot be written to |
+//! | 125 | ckpt itself failed, in commands that end with a job's status |
+//! | 126 | the command of `run` was found and could not be executed |
+//! | 127 | the command of `run` was not found |
+
+use std::process;
+
+use ckpt_job::client::ClientError;
+use ckpt_job::name::InvalidName;
+use ckpt_job::{ExitStatus, LaunchError, RegistryError, StartErrorClass};
+
+/// An exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExitCode(pub u8);
+
+impl ExitCode {
+    /// Done.
+    pub const SUCCESS: ExitCode = ExitCode(0);
+    /// A failure without a code of its own.
+    pub const FAILURE: ExitCode = ExitCode(1);
+    /// Wrong usage; clap uses the same.
+    pub const USAGE: ExitCode = ExitCode(2);
+    /// No such job, checkpoint or file.
+    pub const NOT_FOUND: ExitCode = ExitCode(112);
+    /// Something is in use or has changed.
+    pub const CONFLICT: ExitCode = ExitCode(113);
+    /// Not supported.
+    pub const REFUSED: ExitCode = ExitCode(114);
+    /// The image is damaged or too new.
+    pub const CORRUPT: ExitCode = ExitCode(115);
+    /// This host lacks or forbids something.
+    pub const HOST_CANNOT: ExitCode = ExitCode(116);
+    /// No space, or a read-only store.
+    #[allow(dead_code, reason = "part of the table; dump uses it")]
+    pub const NO_SPACE: ExitCode = ExitCode(117);
+    /// ckpt itself failed, in a command that ends with a job's status.
+    pub const OWN_FAILURE: ExitCode = ExitCode(125);
+    /// The command could not be executed.
+    pub const NOT_EXECUTABLE: ExitCode = ExitCode(126);
+    /// The command was not found.
+    pub const COMMAND_NOT_FOUND: ExitCode = ExitCode(127);
+
+    /// The code that stands for how a main process ended.
+    pub fn of_job(status: ExitStatus) -> ExitCode {
+        ExitCode(status.shell_code())
+    }
+
+    /// The code for an error; `fallback` for what has no code of its own.
+    pub fn of_error(error: &anyhow::Error, fallback: ExitCode) -> ExitCode {
+        error.chain().find_map(|cause| of_cause(cause)).unwrap_or(fallback)
+    }
+}
+
+fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<ExitCode> {
+    if let Some(error) = cause.downcast_ref::<LaunchError>() {
+        return match error {
+            LaunchError::Registry(error) => of_registry(error),
+            LaunchError::Start { class, .. } => of_class(*class),
+            LaunchError::Interrupted(signal) => Some(ExitCode(128u8.saturating_add(*signal as i32 as u8))),
+            _ => None,
+        };
+    }
+    if let Some(error) = cause.downcast_ref::<ClientError>() {
+        return match error {
+            ClientError::Registry(error) => of_registry(error),
+            ClientError::NoStatus(_) => Some(ExitCode(128 + libc::SIGKILL as u8)),
+            _ => None,
+        };
+    }
+    if let Some(error) = cause.downcast_ref::<RegistryError>() {
+        return of_registry(error);
+    }
+    cause.downcast_ref::<InvalidName>().map(|_| ExitCode::USAGE)
+}
+
+fn of_registry(error: &RegistryError) -> Option<ExitCode> {
+    match error {
+        RegistryError::NotFound(_) => Some(ExitCode::NOT_FOUND),
+        RegistryError::NameTaken(_) | RegistryError::BeingDumped(_) => Some(ExitCode::CONFLICT),
+        _ => None,
+    }
+}
+
+/// The code for a failed start; `None` for a failure without a code of its own.
+pub fn of_class(class: StartErrorClass) -> Option<ExitCode> {
+    match class {
+        StartErrorClass::Failure => None,
+        StartErrorClass::CommandNotFound => Some(ExitCode::COMMAND_NOT_FOUND),
+        StartErrorClass::CommandNotExecutable => Some(ExitCode::NOT_EXECUTABLE),
+        StartErrorClass::HostCannot => Some(ExitCode::HOST_CANNOT),
+        StartErrorClass::Corrupt => Some(ExitCode::CORRUPT),
+        StartErrorClass::Conflict => Some(ExitCode::CONFLICT),
+        StartErrorClass::Refused => Some(ExitCode::REFUSED),
+        StartErrorClass::NotFound => Some(ExitCode::NOT_FOUND),
+    }
+}
+
+impl From<ExitCode> for process::ExitCode {
+    fn from(code: ExitCode) -> process::ExitCode {
+        process::ExitCode::from(code.0)
+    }
+}

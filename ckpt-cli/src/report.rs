@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Talking to the person at the terminal, or to a script.
+//!
+//! Messages go to stderr, results to stdout. Progress is one line that overwrites itself, on a terminal only: a pipe or a log
+//! never sees it.
+
+use std::cell::Cell;
+use std::io::{self, IsTerminal as _, Write as _};
+
+/// Where messages go and how much of them.
+#[derive(Debug)]
+pub struct Report {
+    progress: bool,
+    line_shown: Cell<bool>,
+}
+
+impl Report {
+    /// Progress is shown if stderr is a terminal and nobody asked for quiet.
+    pub fn new(quiet: bool) -> Report {
+        Report { progress: !quiet && io::stderr().is_terminal(), line_shown: Cell::new(false) }
+    }
+
+    /// Shows how far things are, in place of what was shown before.
+    pub fn progress(&self, text: &str) {
+        if self.progress {
+            // To the first column, the text, the rest of the line cleared.
+            let _ = write!(io::stderr(), "\r{}\x1b[K", text.lines().next().unwrap_or_default());
+            self.line_shown.set(true);
+        }
+    }
+
+    /// Takes the progress line away.
+    pub fn clear(&self) {
+        if self.line_shown.replace(false) {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+
+    /// A message that is always shown.
+    pub fn note(&self, text: &str) {
+        self.clear();
+        // With stderr gone there is nobody to tell, and that is no reason to fail.
+        let _ = writeln!(io::stderr(), "ckpt: {text}");
+    }
+
+    /// Something that a person should look at.
+    pub fn warning(&self, text: &str) {
+        self.note(&format!("warning: {text}"));
+    }
+
+    /// A result, for people.
+    pub fn print(&self, text: &str) {
+        self.clear();
+        let _ = writeln!(io::stdout(), "{text}");
+    }
+
+    /// A result, for scripts: one JSON document.
+    pub fn print_json(&self, value: &impl serde::Serialize) -> anyhow::Result<()> {
+        self.clear();
+        let mut out = io::stdout().lock();
+        serde_json::to_writer_pretty(&mut out, value)?;
+        writeln!(out)?;
+        Ok(())
+    }
+}
+
+/// A table for people: columns as wide as their widest cell, two spaces between them.
+pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
+        let padded: Vec<String> =
+            cells.zip(&widths).map(|(cell, width)| format!("{cell:<width$}", width = *width)).collect();
+        padded.join("  ").trim_end().to_owned()
+    };
+    let mut lines = vec![line(&mut header.iter().copied())];
+    lines.extend(rows.iter().map(|row| line(&mut row.iter().map(String::as_str))));
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn columns_line_up() {
+        let rows = [vec!["a".to_owned(), "1".to_owned()], vec!["longer".to_owned(), "22".to_owned()]];
+        assert_eq!(super::table(&["NAME", "N"], &rows), "NAME    N\na       1\nlonger  22");
+    }
+}

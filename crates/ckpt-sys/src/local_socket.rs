@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Unix `SOCK_SEQPACKET` sockets: what the standard library does not have.
+//!
+//! Addresses go through `/proc/self/fd/<directory>/<name>`, so that the path of the directory may be longer than the
+//! 108 bytes of `sun_path` and a renamed or mounted-over path does not matter.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+
+use nix::sys::socket::{
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen, recv,
+    send, socket, socketpair, sockopt,
+};
+
+/// Who is at the other end, as `SO_PEERCRED` tells: the process that connected, or the one that called
+/// `listen(2)`, in the caller's namespaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its pid; 0 if it is not in the caller's pid namespace.
+    pub pid: i32,
+    /// Its uid; the overflow uid (65534) if it has no name in the caller's user namespace.
+    pub uid: u32,
+    /// Its gid.
+    pub gid: u32,
+}
+
+/// A connected pair, close-on-exec.
+///
+/// # Errors
+/// `EMFILE`, `ENFILE`, `ENOMEM`.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+fn address(directory: BorrowedFd<'_>, name: &OsStr) -> io::Result<UnixAddr> {
+    let mut path = format!("/proc/self/fd/{}/", directory.as_raw_fd()).into_bytes();
+    path.extend_from_slice(name.as_bytes());
+    Ok(UnixAddr::new(OsStr::from_bytes(&path))?)
+}
+
+/// A listening socket `name` in `directory`, close-on-exec and non-blocking.
+///
+/// # Errors
+/// As socket(2), bind(2), listen(2): `EADDRINUSE` if the name exists.
+pub fn listen_in(directory: BorrowedFd<'_>, name: &OsStr) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    bind(fd.as_raw_fd(), &address(directory, name)?)?;
+    listen(&fd, Backlog::new(64)?)?;
+    Ok(fd)
+}
+
+/// Connects to the socket `name` in `directory`; the result is close-on-exec and blocking.
+///
+/// # Errors
+/// As connect(2): `ENOENT` without such a name, `ECONNREFUSED` when nobody listens any more, `EAGAIN` when the queue of
+/// connections is full.
+pub fn connect_in(directory: BorrowedFd<'_>, name: &OsStr) -> io::Result<OwnedFd> {
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(fd.as_raw_fd(), &address(directory, name)?)?;
+    Ok(fd)
+}
+
+/// Takes the next connection of a non-blocking listener; close-on-exec and non-blocking. `None` if there is none.
+///
+/// # Errors
+/// As accept4(2).
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: null pointers ask for no address.
+    let fd =
+        unsafe { libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), flags) };
+    if fd == -1 {
+        let error = io::Error::last_os_error();
+        return match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::ECONNABORTED | libc::EINTR) => Ok(None),
+            _ => Err(error),
+        };
+    }
+    // SAFETY: the kernel just gave us this descriptor; nobody else knows its number.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// Who is at the other end.
+///
+/// # Errors
+/// As getsockopt(2).
+pub fn peer(socket: BorrowedFd<'_>) -> io::Result<Peer> {
+    let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
+    Ok(Peer { pid: credentials.pid(), uid: credentials.uid(), gid: credentials.gid() })
+}
+
+/// Sends one packet, without SIGPIPE. With `wait` false a full queue gives `WouldBlock`.
+///
+/// # Errors
+/// As send(2): `EPIPE` when the peer is gone, `EMSGSIZE` for a packet above the socket's buffer.
+pub fn send_packet(socket: BorrowedFd<'_>, packet: &[u8], wait: bool) -> io::Result<()> {
+    let mut flags = MsgFlags::MSG_NOSIGNAL;
+    if !wait {
+        flags |= MsgFlags::MSG_DONTWAIT;
+    }
+    loop {
+        match send(socket.as_raw_fd(), packet, flags) {
+            Ok(_) => return Ok(()),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Receives one packet into `buffer`; returns its length, 0 at the end of the connection. With `wait` false an empty queue
+/// gives `WouldBlock`.
+///
+/// # Errors
+/// As recv(2); `InvalidData` for a packet that is longer than the buffer.
+pub fn receive_packet(socket: BorrowedFd<'_>, buffer: &mut [u8], wait: bool) -> io::Result<usize> {
+    let mut flags = MsgFlags::MSG_TRUNC;
+    if !wait {
+        flags |= MsgFlags::MSG_DONTWAIT;
+    }
+    loop {
+        match recv(socket.as_raw_fd(), buffer, flags) {
+            Ok(length) if length > buffer.len() => {
+                let text = format!("a packet of {length} bytes does not fit into {}", buffer.len());
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            Ok(length) => return Ok(length),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Whether the peer of a connected socket is gone.
+///
+/// # Errors
+/// As poll(2).
+pub fn hung_up(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let fd = socket.as_fd();
+    let mut polled = [PollFd::new(fd, PollFlags::empty())];
+    poll(&mut polled, PollTimeout::ZERO)?;
+    Ok(polled[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packets_keep_their_bounds() {
+        let (left, right) = pair().unwrap();
+        send_packet(left.as_fd(), b"one", true).unwrap();
+        send_packet(left.as_fd(), b"three", true).unwrap();
+        let mut buffer = [0; 4];
+        assert_eq!(receive_packet(right.as_fd(), &mut buffer, false).unwrap(), 3);
+        let error = receive_packet(right.as_fd(), &mut buffer, false).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        let error = receive_packet(right.as_fd(), &mut buffer, false).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(!hung_up(right.as_fd()).unwrap());
+        drop(left);
+        assert!(hung_up(right.as_fd()).unwrap());
+        assert_eq!(receive_packet(right.as_fd(), &mut buffer, false).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_long_path_is_no_obstacle() {
+        let mut path = std::env::temp_dir().join(format!("ckpt-local-socket-{}", std::process::id()));
+        let top = path.clone();
+        for _ in 0..4 {
+            path.push("a".repeat(60));
+        }
+        std::fs::create_dir_all(&path).unwrap();
+        let directory = std::fs::File::open(&path).unwrap();
+        let listener = listen_in(directory.as_fd(), OsStr::new("sock")).unwrap();
+        assert!(accept(listener.as_fd()).unwrap().is_none());
+        let client = connect_in(directory.as_fd(), OsStr::new("sock")).unwrap();
+        let server = accept(listener.as_fd()).unwrap().unwrap();
+        assert_eq!(peer(server.as_fd()).unwrap().pid, std::process::id() as i32);
+        assert_eq!(peer(client.as_fd()).unwrap().pid, std::process::id() as i32);
+        std::fs::remove_dir_all(top).unwrap();
+    }
+}
