@@ -125,12 +125,8 @@ pub struct RunArgs {
 #[command(after_help = EXIT_CODES)]
 pub struct DumpArgs {
     /// The job.
-    #[arg(value_name = "NAME", required_unless_present = "pid")]
-    pub name: Option<JobName>,
-
-    /// Dump this process and its descendants, which ckpt did not start.
-    #[arg(long, value_name = "PID", conflicts_with = "name")]
-    pub pid: Option<i32>,
+    #[arg(value_name = "NAME")]
+    pub name: JobName,
 
     /// End the job once it is saved.
     #[arg(long, conflicts_with = "leave_running")]

@@ -7,6 +7,7 @@ pub mod doctor;
 pub mod dump;
 pub mod init;
 pub mod inspect;
+mod job_info;
 pub mod kill;
 pub mod list;
 pub mod ps;

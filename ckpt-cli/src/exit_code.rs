@@ -21,9 +21,14 @@
 
 use std::process;
 
+use ckpt_engine::error::{DumpError, RestoreError};
+use ckpt_image::ReadError;
+use ckpt_image::store::StoreError;
 use ckpt_job::client::ClientError;
 use ckpt_job::name::InvalidName;
 use ckpt_job::{ExitStatus, LaunchError, RegistryError, StartErrorClass};
+
+use crate::commands;
 
 /// An exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +52,6 @@ impl ExitCode {
     /// This host lacks or forbids something.
     pub const HOST_CANNOT: ExitCode = ExitCode(116);
     /// No space, or a read-only store.
-    #[allow(dead_code, reason = "part of the table; dump uses it")]
     pub const NO_SPACE: ExitCode = ExitCode(117);
     /// ckpt itself failed, in a command that ends with a job's status.
     pub const OWN_FAILURE: ExitCode = ExitCode(125);
@@ -86,7 +90,44 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<ExitCode> {
     if let Some(error) = cause.downcast_ref::<RegistryError>() {
         return of_registry(error);
     }
+    if let Some(error) = cause.downcast_ref::<DumpError>() {
+        return commands::dump::code_of(error);
+    }
+    if let Some(error) = cause.downcast_ref::<RestoreError>() {
+        return commands::restore::code_of(error);
+    }
+    if let Some(error) = cause.downcast_ref::<ReadError>() {
+        return commands::verify::code_of(error);
+    }
+    if let Some(error) = cause.downcast_ref::<StoreError>() {
+        return of_store(error);
+    }
     cause.downcast_ref::<InvalidName>().map(|_| ExitCode::USAGE)
+}
+
+fn of_store(error: &StoreError) -> Option<ExitCode> {
+    match error {
+        StoreError::NoSuchJob { .. } | StoreError::NoSuchCheckpoint { .. } => Some(ExitCode::NOT_FOUND),
+        StoreError::Exists { .. } | StoreError::Busy { .. } => Some(ExitCode::CONFLICT),
+        StoreError::BadJobName { .. } | StoreError::BadSpec { .. } | StoreError::ReservedName { .. } => {
+            Some(ExitCode::USAGE)
+        }
+        StoreError::Io { source, .. } => is_storage(source).then_some(ExitCode::NO_SPACE),
+        StoreError::Unfinished { .. } => Some(ExitCode::CORRUPT),
+        StoreError::NotDurable { .. } | StoreError::NoDefaultRoot => None,
+    }
+}
+
+/// A full, read-only or forbidden file system.
+pub fn is_storage(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull
+            | ErrorKind::QuotaExceeded
+            | ErrorKind::ReadOnlyFilesystem
+            | ErrorKind::PermissionDenied
+    )
 }
 
 fn of_registry(error: &RegistryError) -> Option<ExitCode> {

@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The hidden command that is pid 1 of a job; see [`ckpt_job::init_main`].
 
-use ckpt_job::{InitContext, StartError, StartErrorClass, Started, Work, command, init_main};
+use std::os::fd::AsRawFd as _;
+
+use ckpt_engine::error::RestoreError;
+use ckpt_engine::restore::{RestoreRequest, rebuild};
+use ckpt_job::{ExitStatus, InitContext, StartError, StartErrorClass, Started, Work, command, init_main};
+
+use super::restore::RestoreWork;
 
 /// Never returns.
 pub fn run() -> ! {
@@ -9,10 +15,59 @@ pub fn run() -> ! {
 }
 
 fn start(context: &mut InitContext) -> Result<Started, StartError> {
-    match context.spec.work {
+    match &context.spec.work {
         Work::Command { .. } => command::start(context),
-        Work::Restore(_) => {
-            Err(StartError::new(StartErrorClass::HostCannot, "this build of ckpt cannot restore"))
+        Work::Restore(work) => {
+            let work = serde_json::from_value(work.clone())
+                .map_err(|e| StartError::new(StartErrorClass::Failure, format!("what to restore: {e}")))?;
+            restore(context, work)
         }
     }
+}
+
+fn restore(context: &mut InitContext, work: RestoreWork) -> Result<Started, StartError> {
+    if !context.fresh_proc {
+        let text =
+            "something covers part of /proc here, so that the job can't have its own: see `ckpt doctor`";
+        return Err(StartError::new(StartErrorClass::HostCannot, text));
+    }
+    let dir = context.passed.first().and_then(|fd| fd.try_clone().ok());
+    let dir = dir
+        .ok_or_else(|| StartError::new(StartErrorClass::Failure, "the checkpoint's directory is not open"))?;
+    let request = RestoreRequest {
+        dir,
+        label: work.label,
+        options: work.options,
+        external: context.external.iter().map(|e| (e.record.number, e.fd.as_raw_fd())).collect(),
+        log: context.log.as_ref().map(|l| l.as_raw_fd()),
+        terminal: context
+            .pty
+            .as_ref()
+            .map(|p| (p.master.as_raw_fd(), p.slave_path.to_string_lossy().into_owned())),
+    };
+    let progress = context.progress.clone();
+    let rebuilt = rebuild(&request).map_err(|e| failure(&e))?;
+    for w in &rebuilt.warnings {
+        progress.warning(w);
+    }
+    Ok(Started {
+        main_pid: rebuilt.main_pid,
+        main_exited: rebuilt.main_status.and_then(ExitStatus::from_wait_status),
+        release: Box::new(move || {
+            ckpt_sys::hook::report();
+            rebuilt.resume().map_err(|e| failure(&e))
+        }),
+    })
+}
+
+fn failure(error: &RestoreError) -> StartError {
+    use crate::exit_code::ExitCode;
+    let class = match super::restore::code_of(error) {
+        Some(ExitCode::CORRUPT) => StartErrorClass::Corrupt,
+        Some(ExitCode::CONFLICT) => StartErrorClass::Conflict,
+        Some(ExitCode::HOST_CANNOT) => StartErrorClass::HostCannot,
+        Some(ExitCode::NOT_FOUND) => StartErrorClass::NotFound,
+        _ => StartErrorClass::Failure,
+    };
+    StartError::new(class, error.to_string())
 }

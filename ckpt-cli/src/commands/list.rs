@@ -1,13 +1,69 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! `ckpt list`.
+//! `ckpt list`: the checkpoints in the store.
 
-use anyhow::{Result, bail};
+use std::time::UNIX_EPOCH;
+
+use anyhow::Result;
+use ckpt_image::store::{CheckpointEntry, Store};
 
 use crate::args::ListArgs;
+use crate::commands::store_directory;
 use crate::exit_code::ExitCode;
-use crate::report::Report;
+use crate::report::{Report, table};
+
+#[derive(serde::Serialize)]
+struct Row<'a> {
+    checkpoint: String,
+    job: &'a str,
+    number: u64,
+    path: &'a std::path::Path,
+    bytes: u64,
+    created_unix: u64,
+}
+
+fn created(e: &CheckpointEntry) -> u64 {
+    e.created.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
 
 /// Runs the command.
-pub fn run(_args: &ListArgs, _report: &Report) -> Result<ExitCode> {
-    bail!("this build of ckpt has no 'list'")
+pub fn run(args: &ListArgs, report: &Report) -> Result<ExitCode> {
+    let store = Store::open(&store_directory(&args.store)?)?;
+    let entries = match &args.name {
+        Some(name) => store.list_job(name.as_str())?,
+        None => store.list()?,
+    };
+    if args.json {
+        let rows: Vec<Row<'_>> = entries
+            .iter()
+            .map(|e| Row {
+                checkpoint: format!("{}@{}", e.job, e.number),
+                job: &e.job,
+                number: e.number,
+                path: &e.path,
+                bytes: e.bytes,
+                created_unix: created(e),
+            })
+            .collect();
+        report.print_json(&rows)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let now = std::time::SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let rows: Vec<Vec<String>> = entries
+        .iter()
+        .map(|e| {
+            let size = format!("{:.1} MiB", e.bytes as f64 / 1_048_576.0);
+            vec![format!("{}@{}", e.job, e.number), size, age(now.saturating_sub(created(e)))]
+        })
+        .collect();
+    report.print(&table(&["CHECKPOINT", "SIZE", "AGE"], &rows));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn age(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds} s"),
+        120..=7199 => format!("{} min", seconds / 60),
+        7200..=172_799 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86400),
+    }
 }

@@ -6,6 +6,7 @@
 //! [`resource`].
 #![forbid(unsafe_code)]
 
+pub mod describe;
 pub mod dump;
 pub mod error;
 pub mod kind;

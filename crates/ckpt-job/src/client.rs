@@ -61,6 +61,12 @@ pub struct JobStatus {
     pub processes: u32,
     /// Whether someone is attached to its terminal.
     pub attached: bool,
+    /// Host name inside, as bytes in text (names are ASCII by convention, uname(2) does not insist).
+    pub hostname: String,
+    /// NIS domain name inside.
+    pub domainname: String,
+    /// System V IPC objects in its namespace.
+    pub sysv_objects: u64,
 }
 
 /// A job that lives.

@@ -142,4 +142,6 @@ pub struct JobRecord {
     pub fresh_proc: bool,
     /// The fds that came from outside.
     pub external: Vec<ExternalRecord>,
+    /// The slave of its terminal, as the job sees it.
+    pub terminal: Option<PathBuf>,
 }

@@ -112,7 +112,11 @@ impl Area {
         // SAFETY: in bounds by the assertion; the area is never borrowed as Rust memory, and blanks that share it run
         // only while `Batch::run` waits for them.
         unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.as_ptr().cast::<u8>().add(offset), bytes.len());
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                self.base.as_ptr().cast::<u8>().add(offset),
+                bytes.len(),
+            );
         }
     }
 
@@ -286,7 +290,13 @@ impl Batch<'_> {
     ///
     /// # Errors
     /// As [`Batch::run`].
-    pub fn clone_task(mut self, parent: Pid, flags: u64, exit_signal: i32, tid: i32) -> Result<Pid, RemoteError> {
+    pub fn clone_task(
+        mut self,
+        parent: Pid,
+        flags: u64,
+        exit_signal: i32,
+        tid: i32,
+    ) -> Result<Pid, RemoteError> {
         let tids = self.bytes(&tid.to_le_bytes());
         let args = [flags, 0, 0, 0, exit_signal as u64, 0, 0, 0, tids, 1, 0];
         let args = self.words(&args);
@@ -306,7 +316,8 @@ impl Batch<'_> {
             }
         }
         self.results(parent)?;
-        let child = child.ok_or(RemoteError::Ptrace { pid: parent, what: "clone event", errno: Errno::ECHILD })?;
+        let child =
+            child.ok_or(RemoteError::Ptrace { pid: parent, what: "clone event", errno: Errno::ECHILD })?;
         match ptrace::wait(child).map_err(|e| err("wait for the new task", e))? {
             Stop::Event { .. } => Ok(child),
             stop => Err(unexpected(child, stop)),

@@ -124,8 +124,16 @@ impl Live {
             return Err(InjectError::NoRoom { pid, needed: block.len() });
         }
         memory.write(padding.start, &block).map_err(|source| InjectError::Memory { pid, source })?;
-        let live =
-            Live { pid, padding, block_bytes: block.len(), saved: *saved, mask, quiet, scratch, mapped: false };
+        let live = Live {
+            pid,
+            padding,
+            block_bytes: block.len(),
+            saved: *saved,
+            mask,
+            quiet,
+            scratch,
+            mapped: false,
+        };
         // From here on the task finishes by itself: first the registers, then the mask, which the block puts back.
         let getpid = arch::with_syscall(saved, padding.start, libc::SYS_getpid, [0; 6]);
         ptrace::set_registers(pid, &getpid).map_err(err("set registers"))?;
@@ -201,8 +209,11 @@ impl Live {
         let at = self.scratch()?;
         let n = self.raw(nr, args(at))?;
         let mut out = [0u8; N];
-        memory::read(self.pid, at, &mut out)
-            .map_err(|errno| InjectError::Ptrace { pid: self.pid, what: "read scratch page", errno })?;
+        memory::read(self.pid, at, &mut out).map_err(|errno| InjectError::Ptrace {
+            pid: self.pid,
+            what: "read scratch page",
+            errno,
+        })?;
         Ok((n, out))
     }
 
@@ -214,7 +225,11 @@ impl Live {
         let pid = self.pid;
         let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
         if self.mapped {
-            self.call("munmap of the scratch page", libc::SYS_munmap, [self.scratch, SCRATCH_BYTES, 0, 0, 0, 0])?;
+            self.call(
+                "munmap of the scratch page",
+                libc::SYS_munmap,
+                [self.scratch, SCRATCH_BYTES, 0, 0, 0, 0],
+            )?;
         }
         ptrace::interrupt(pid).map_err(err("interrupt"))?;
         ptrace::cont(pid, 0).map_err(err("continue"))?;
@@ -223,7 +238,8 @@ impl Live {
             stop => return Err(InjectError::UnexpectedStop { pid, stop }),
         }
         ptrace::set_signal_mask(pid, self.mask).map_err(err("set signal mask"))?;
-        ptrace::set_registers(pid, &arch::resume_live(&self.saved, self.quiet)).map_err(err("set registers"))?;
+        ptrace::set_registers(pid, &arch::resume_live(&self.saved, self.quiet))
+            .map_err(err("set registers"))?;
         memory
             .write(self.padding.start, &vec![0; self.block_bytes])
             .map_err(|source| InjectError::Memory { pid, source })

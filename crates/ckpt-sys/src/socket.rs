@@ -33,7 +33,8 @@ fn align4(n: usize) -> usize {
 /// Those of socket(2), send(2), recv(2) on a netlink socket.
 pub fn unix_sockets() -> Result<HashMap<u32, UnixSocket>> {
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
-    let nl = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
+    let nl =
+        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?;
     let mut req = Vec::new();
     req.extend_from_slice(&40u32.to_ne_bytes());
     req.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());

@@ -101,14 +101,10 @@ pub fn robust_list(tid: Pid) -> Result<(u64, u64)> {
 /// ESRCH.
 pub fn affinity(tid: Pid) -> Result<Vec<u8>> {
     let mut mask = vec![0u8; 1024];
-    let n = raw(libc::SYS_sched_getaffinity, [
-        tid.as_raw() as u64,
-        mask.len() as u64,
-        mask.as_mut_ptr() as u64,
-        0,
-        0,
-        0,
-    ])?;
+    let n = raw(
+        libc::SYS_sched_getaffinity,
+        [tid.as_raw() as u64, mask.len() as u64, mask.as_mut_ptr() as u64, 0, 0, 0],
+    )?;
     mask.truncate(n as usize);
     Ok(mask)
 }
@@ -197,7 +193,8 @@ pub fn limit(pid: Pid, resource: u32) -> Result<(u64, u64)> {
 /// EPERM to raise a hard limit without CAP_SYS_RESOURCE on the host.
 pub fn set_limit(pid: Pid, resource: u32, soft: u64, hard: u64) -> Result<()> {
     let new = [soft, hard];
-    raw(libc::SYS_prlimit64, [pid.as_raw() as u64, u64::from(resource), new.as_ptr() as u64, 0, 0, 0]).map(drop)
+    raw(libc::SYS_prlimit64, [pid.as_raw() as u64, u64::from(resource), new.as_ptr() as u64, 0, 0, 0])
+        .map(drop)
 }
 
 /// SIGKILL to this process itself: the end of the road in tests that kill ckpt at chosen points.

@@ -14,7 +14,8 @@ const LIMIT: Duration = Duration::from_secs(2);
 pub fn prepare(job: &Job) {
     let until = Instant::now() + LIMIT;
     let borrows = |p: &crate::model::process::Process| {
-        job.process(p.ppid).is_some_and(|q| kcmp(p.host, q.host, Shared::Memory) == Ok(std::cmp::Ordering::Equal))
+        job.process(p.ppid)
+            .is_some_and(|q| kcmp(p.host, q.host, Shared::Memory) == Ok(std::cmp::Ordering::Equal))
     };
     while job.live().any(borrows) && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(1));

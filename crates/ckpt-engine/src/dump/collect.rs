@@ -17,7 +17,11 @@ pub fn collect(frozen: &FrozenJob, warnings: &mut Vec<String>) -> Result<Collect
     let mut out = Collected::default();
     let order = in_order();
     let job = &frozen.job;
-    let step = |live: Option<&mut Live>, at: At<'_>, only: Option<Kind>, out: &mut Collected, w: &mut Vec<String>| {
+    let step = |live: Option<&mut Live>,
+                at: At<'_>,
+                only: Option<Kind>,
+                out: &mut Collected,
+                w: &mut Vec<String>| {
         let mut cx = Collect { job, live, out, warnings: w };
         collect_all(&order, &mut cx, at, only)
     };

@@ -71,7 +71,10 @@ impl Discovered {
         }
         if engine.name() == "copy" {
             let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-            let kib = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")).and_then(|s| s.split_whitespace().next());
+            let kib = text
+                .lines()
+                .find_map(|l| l.strip_prefix("MemAvailable:"))
+                .and_then(|s| s.split_whitespace().next());
             let available_bytes = kib.and_then(|s| s.parse::<u64>().ok()).map_or(u64::MAX, |n| n * 1024);
             if self.memory_bytes > available_bytes {
                 return Err(DumpError::Memory { needed_bytes: self.memory_bytes, available_bytes });

@@ -107,7 +107,9 @@ impl Tasks {
             }
             Err(e) => {
                 let reason = match tracer_of(tid).filter(|t| *t != 0) {
-                    Some(t) => format!("is being traced by process {t} (a debugger?); detach it and dump again"),
+                    Some(t) => {
+                        format!("is being traced by process {t} (a debugger?); detach it and dump again")
+                    }
                     None => format!("can't be traced: {e}"),
                 };
                 Err(DumpError::NotStopped { pid: tid.as_raw(), reason })
@@ -129,7 +131,10 @@ impl Tasks {
                 Ok(Some((_, Stop::Signal(s)))) => self.go_on(tid, s)?,
                 Ok(Some((_, Stop::Syscall))) => self.go_on(tid, 0)?,
                 Ok(Some((_, Stop::Ptrace(event)))) => {
-                    if matches!(event, libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK) {
+                    if matches!(
+                        event,
+                        libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK
+                    ) {
                         // The new task is seized by the kernel and will report a stop of its own.
                         if let Ok(n) = ptrace::event_message(tid) {
                             self.running.entry(Pid::from_raw(n as i32)).or_insert_with(Instant::now);
@@ -245,9 +250,9 @@ pub fn freeze(info: &JobInfo) -> Result<FrozenJob, DumpError> {
 
 fn not_stopped(tid: Pid) -> DumpError {
     let state = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
-    let nspid = std::fs::read_to_string(format!("/proc/{tid}/status"))
-        .ok()
-        .and_then(|t| t.lines().find_map(|l| l.strip_prefix("NSpid:")?.split_whitespace().last()?.parse().ok()));
+    let nspid = std::fs::read_to_string(format!("/proc/{tid}/status")).ok().and_then(|t| {
+        t.lines().find_map(|l| l.strip_prefix("NSpid:")?.split_whitespace().last()?.parse().ok())
+    });
     let reason = format!(
         "did not stop within {} s (in the kernel: {state}); a vfork whose child neither execs nor exits, or a file \
          system that does not answer. Dump again when it is over",

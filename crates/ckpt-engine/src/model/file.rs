@@ -119,7 +119,11 @@ impl OpenFile {
 
     /// The path as bytes, without " (deleted)".
     pub fn path(&self) -> &[u8] {
-        if self.deleted() { self.seen.link.strip_suffix(b" (deleted)").unwrap_or(&self.seen.link) } else { &self.seen.link }
+        if self.deleted() {
+            self.seen.link.strip_suffix(b" (deleted)").unwrap_or(&self.seen.link)
+        } else {
+            &self.seen.link
+        }
     }
 
     /// A file without a name.
@@ -181,4 +185,3 @@ fn see(host: Pid, number: i32, path: &Path) -> Option<Seen> {
     let cloexec = flags & libc::O_CLOEXEC != 0;
     Some(Seen { target, stat, flags: flags & !libc::O_CLOEXEC, cloexec, position, info, link })
 }
-

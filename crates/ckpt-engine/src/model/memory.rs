@@ -106,7 +106,9 @@ pub fn read_smaps(host: i32) -> std::io::Result<Vec<Vma>> {
     for line in BufReader::with_capacity(1 << 20, file).split(b'\n') {
         let line = line?;
         let line = String::from_utf8_lossy(&line);
-        let kib = |rest: &str| rest.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) * 1024;
+        let kib = |rest: &str| {
+            rest.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) * 1024
+        };
         if let Some(rest) = line.strip_prefix("VmFlags:") {
             if let Some(v) = out.last_mut() {
                 v.flags = rest.split_whitespace().filter_map(|f| f.as_bytes().try_into().ok()).collect();
@@ -116,7 +118,8 @@ pub fn read_smaps(host: i32) -> std::io::Result<Vec<Vma>> {
         } else if let Some(rest) = line.strip_prefix("Swap:") {
             out.last_mut().into_iter().for_each(|v| v.swap_bytes = kib(rest));
         } else if line.as_bytes().first().is_some_and(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b)) {
-            let bad = || std::io::Error::new(std::io::ErrorKind::InvalidData, format!("unknown line: {line}"));
+            let bad =
+                || std::io::Error::new(std::io::ErrorKind::InvalidData, format!("unknown line: {line}"));
             out.push(parse_head(&line).ok_or_else(bad)?);
         }
     }
@@ -166,7 +169,10 @@ pub fn pagemap(file: &std::fs::File, start: u64, end: u64) -> std::io::Result<Ve
     use std::os::unix::fs::FileExt;
     let mut bytes = vec![0u8; ((end - start) / PAGE * 8) as usize];
     file.read_exact_at(&mut bytes, start / PAGE * 8)?;
-    Ok(bytes.chunks_exact(8).map(|c| PageEntry(u64::from_le_bytes(c.try_into().unwrap_or_default()))).collect())
+    Ok(bytes
+        .chunks_exact(8)
+        .map(|c| PageEntry(u64::from_le_bytes(c.try_into().unwrap_or_default())))
+        .collect())
 }
 
 #[cfg(test)]
@@ -189,7 +195,8 @@ mod tests {
 
     #[test]
     fn holes_are_clear() {
-        let taken = [(0x10_0000_0000u64, 0x10_0010_0000u64, false), (0x10_0020_0000, 0x7fff_0000_0000, false)];
+        let taken =
+            [(0x10_0000_0000u64, 0x10_0010_0000u64, false), (0x10_0020_0000, 0x7fff_0000_0000, false)];
         assert_eq!(hole(taken.into_iter(), 0x1000), Some(0x10_0010_2000));
         assert!(hole([(0, ckpt_sys::arch::TASK_SIZE, false)].into_iter(), 4096).is_none());
     }

@@ -54,7 +54,8 @@ impl Resource for AttributeResource {
         let thp_disabled = prctl(live, libc::PR_GET_THP_DISABLE)? != 0;
         let option = libc::PR_GET_CHILD_SUBREAPER as u64;
         let (_, reaper) = live.query::<4>(libc::SYS_prctl, |at| [option, at, 0, 0, 0, 0])?;
-        let personality = live.call("personality", libc::SYS_personality, [0xffff_ffff, 0, 0, 0, 0, 0])? as u32;
+        let personality =
+            live.call("personality", libc::SYS_personality, [0xffff_ffff, 0, 0, 0, 0, 0])? as u32;
         let record = AttributeRecord {
             personality,
             dumpable,

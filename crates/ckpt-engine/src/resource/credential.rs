@@ -55,7 +55,15 @@ impl Resource for CredentialResource {
 
     fn after(&self) -> &'static [Kind] {
         // The last things that need the restorer's capabilities come before.
-        &[Kind::Thread, Kind::FileLock, Kind::Attribute, Kind::Scheduler, Kind::FsContext, Kind::MemoryMap, Kind::Limit]
+        &[
+            Kind::Thread,
+            Kind::FileLock,
+            Kind::Attribute,
+            Kind::Scheduler,
+            Kind::FsContext,
+            Kind::MemoryMap,
+            Kind::Limit,
+        ]
     }
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
@@ -65,7 +73,8 @@ impl Resource for CredentialResource {
             .and_then(|t| t.status())
             .map_err(|e| std::io::Error::other(e.to_string()))
             .map_err(DumpError::process(p.pid, format!("credentials of thread {}", t.tid)))?;
-        let securebits = cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])?;
+        let securebits =
+            cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])?;
         let (_, signal) = cx.live().query::<4>(libc::SYS_prctl, |at| [PR_GET_PDEATHSIG, at, 0, 0, 0, 0])?;
         let s: Status = status;
         let groups = s.groups.clone();
@@ -100,7 +109,8 @@ impl Resource for CredentialResource {
         wanted.sort_unstable();
         wanted.dedup();
         groups.dedup();
-        let missing: Vec<&u32> = wanted.iter().filter(|g| **g != OVERFLOW_ID && !groups.contains(g)).collect();
+        let missing: Vec<&u32> =
+            wanted.iter().filter(|g| **g != OVERFLOW_ID && !groups.contains(g)).collect();
         let privileged = nix::unistd::geteuid().is_root();
         if !privileged && !missing.is_empty() && !groups.contains(&OVERFLOW_ID) {
             let text = format!("the job was in the groups {missing:?} and you are not, so it can't be again");
@@ -133,7 +143,11 @@ impl Resource for CredentialResource {
             b.call("PR_CAP_AMBIENT", libc::SYS_prctl, &clear);
             let [inheritable, permitted, effective, _, ambient] = c.capabilities;
             if now.capeff & (1 << 8) != 0 {
-                b.call("PR_SET_SECUREBITS", libc::SYS_prctl, &[libc::PR_SET_SECUREBITS as u64, u64::from(c.securebits)]);
+                b.call(
+                    "PR_SET_SECUREBITS",
+                    libc::SYS_prctl,
+                    &[libc::PR_SET_SECUREBITS as u64, u64::from(c.securebits)],
+                );
             }
             let header = b.bytes(&bytes_of(&[0x2008_0522, 0]));
             let halves = |s: u32| [effective, permitted, inheritable].map(|v| (v >> s) as u32);
@@ -144,7 +158,11 @@ impl Resource for CredentialResource {
                 b.call("PR_CAP_AMBIENT_RAISE", libc::SYS_prctl, &raise);
             }
             if c.no_new_privs {
-                b.call("PR_SET_NO_NEW_PRIVS", libc::SYS_prctl, &[libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0]);
+                b.call(
+                    "PR_SET_NO_NEW_PRIVS",
+                    libc::SYS_prctl,
+                    &[libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0],
+                );
             }
             let signal = c.parent_death_signal as u64;
             b.call("PR_SET_PDEATHSIG", libc::SYS_prctl, &[libc::PR_SET_PDEATHSIG as u64, signal, 0, 0, 0]);

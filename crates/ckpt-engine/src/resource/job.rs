@@ -97,7 +97,10 @@ impl Resource for JobResource {
             monotonic_ns: ckpt_sys::clock::monotonic_ns() + theirs.0 - own.0,
             boottime_ns: ckpt_sys::clock::boottime_ns() + theirs.1 - own.1,
             uid: nix::unistd::geteuid().as_raw(),
-            kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+            kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
         };
         cx.put(Kind::Job, VERSION, 0, 0, &record)
     }

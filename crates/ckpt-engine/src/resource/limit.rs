@@ -80,7 +80,8 @@ impl Resource for LimitResource {
                 Ok(()) => {}
                 Err(Errno::EPERM) => {
                     // The host's hard limit is lower than that of the checkpoint and can't be raised without privilege.
-                    let (_, most) = ckpt_sys::task::limit(task, n as u32).map_err(RestoreError::errno(pid, NAMES[n]))?;
+                    let (_, most) =
+                        ckpt_sys::task::limit(task, n as u32).map_err(RestoreError::errno(pid, NAMES[n]))?;
                     ckpt_sys::task::set_limit(task, n as u32, (*soft).min(most), most)
                         .map_err(RestoreError::errno(pid, NAMES[n]))?;
                     let text = format!("process {pid}: {} is {most} here and was {hard}", NAMES[n]);

@@ -7,10 +7,10 @@
 use super::{At, Collect, Content, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
+use crate::model::Job;
 use crate::model::file::FileStat;
 use crate::model::memory::{Vma, pagemap};
 use crate::model::process::Process;
-use crate::model::Job;
 use crate::restore::build_tree::{Build, open_call};
 use crate::restore::plan::VDSO_ROOM;
 use crate::snapshot::{From, Range, Source};
@@ -137,7 +137,8 @@ pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
 
 /// Flags that need nothing, or are restored by other means than madvise.
 const KNOWN_FLAGS: &[&str] = &[
-    "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "ac", "nr", "sd", "ar", "sf", "mm", "nl", "um",
+    "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "ac", "nr", "sd", "ar", "sf", "mm", "nl",
+    "um",
 ];
 
 /// Flags that madvise(2) sets.
@@ -167,20 +168,37 @@ fn refuse_vma(p: &Process, v: &Vma, refusals: &mut Refusals) {
     if v.is_vdso_part() {
         return;
     }
-    if v.name.starts_with("/dev/nvidia") || v.name.starts_with("/dev/dri/") || v.name.starts_with("/dev/kfd") {
+    if v.name.starts_with("/dev/nvidia") || v.name.starts_with("/dev/dri/") || v.name.starts_with("/dev/kfd")
+    {
         refusals.process(p.pid, format!("{named} is memory of a GPU"), "GPU users can't be checkpointed");
     } else if v.name.starts_with("/dev/infiniband") {
-        refusals.process(p.pid, format!("{named} belongs to an RDMA device"), "RDMA users can't be checkpointed");
+        refusals.process(
+            p.pid,
+            format!("{named} belongs to an RDMA device"),
+            "RDMA users can't be checkpointed",
+        );
     } else if v.name.contains("[io_uring]") {
-        refusals.process(p.pid, format!("{named} is an io_uring"), "io_uring is not supported; many programs can do without it by an option");
+        refusals.process(
+            p.pid,
+            format!("{named} is an io_uring"),
+            "io_uring is not supported; many programs can do without it by an option",
+        );
     } else if v.name.starts_with("/[aio]") {
         refusals.process(p.pid, format!("{named} is an AIO context"), "AIO is not supported");
     } else if v.name.starts_with("/SYSV") {
         refusals.process(p.pid, format!("{named} is System V shared memory"), "not supported");
     } else if v.has("io") || v.has("pf") {
-        refusals.process(p.pid, format!("{named} is memory of a device"), "device memory can't be checkpointed");
+        refusals.process(
+            p.pid,
+            format!("{named} is memory of a device"),
+            "device memory can't be checkpointed",
+        );
     } else if v.has("ht") {
-        refusals.process(p.pid, format!("{named} is hugetlb memory"), "not supported; use transparent huge pages");
+        refusals.process(
+            p.pid,
+            format!("{named} is hugetlb memory"),
+            "not supported; use transparent huge pages",
+        );
     } else if v.has("um") || v.has("uw") || v.has("ui") {
         refusals.process(p.pid, format!("{named} is watched by userfaultfd"), "not supported");
     } else if v.has("gu") {
@@ -349,7 +367,8 @@ impl MemoryMapResource {
             .collect();
         let lowest = kernel.iter().map(|(_, o)| o.start).min().unwrap_or(0);
         let room = cx.plan.hole + AREA_BYTES as u64;
-        let rseq = ckpt_sys::ptrace::rseq(Pid::from_raw(pid)).map_err(RestoreError::errno(pid, "reading rseq"))?;
+        let rseq =
+            ckpt_sys::ptrace::rseq(Pid::from_raw(pid)).map_err(RestoreError::errno(pid, "reading rseq"))?;
         cx.run(pid, |b| {
             if rseq.pointer != 0 {
                 let args = [rseq.pointer, u64::from(rseq.size), 1, u64::from(rseq.signature)];
@@ -358,17 +377,26 @@ impl MemoryMapResource {
             let moving = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
             for (_, o) in &kernel {
                 let to = room + (o.start - lowest);
-                b.call(format!("moving {}", o.name), libc::SYS_mremap, &[o.start, o.bytes(), o.bytes(), moving, to]);
+                b.call(
+                    format!("moving {}", o.name),
+                    libc::SYS_mremap,
+                    &[o.start, o.bytes(), o.bytes(), moving, to],
+                );
             }
             b.call("munmap", libc::SYS_munmap, &[0, cx_hole(room)]);
             let rest = ckpt_sys::arch::TASK_SIZE - hole_end;
             b.call("munmap", libc::SYS_munmap, &[hole_end, rest]);
             for (v, o) in &kernel {
                 let from = room + (o.start - lowest);
-                b.call(format!("moving {}", o.name), libc::SYS_mremap, &[from, o.bytes(), o.bytes(), moving, v.start]);
+                b.call(
+                    format!("moving {}", o.name),
+                    libc::SYS_mremap,
+                    &[from, o.bytes(), o.bytes(), moving, v.start],
+                );
             }
         })?;
-        let mapped: Vec<&VmaRecord> = m.vmas.iter().filter(|v| !matches!(v.backing, Backing::Kernel { .. })).collect();
+        let mapped: Vec<&VmaRecord> =
+            m.vmas.iter().filter(|v| !matches!(v.backing, Backing::Kernel { .. })).collect();
         for chunk in mapped.chunks(200) {
             let objects = cx.objects.clone();
             cx.run(pid, |b| {
@@ -485,7 +513,11 @@ impl Resource for MemoryMapResource {
                     let length = v.end - v.start;
                     let at = format!("{:#x}-{:#x}", v.start, v.end);
                     if v.has_pages {
-                        b.call(format!("mprotect {at}"), libc::SYS_mprotect, &[v.start, length, v.prot as u64]);
+                        b.call(
+                            format!("mprotect {at}"),
+                            libc::SYS_mprotect,
+                            &[v.start, length, v.prot as u64],
+                        );
                     }
                     for a in &v.advice {
                         b.call(format!("madvise {at} {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
@@ -495,7 +527,11 @@ impl Resource for MemoryMapResource {
                     }
                     if !v.name.is_empty() {
                         let name = b.string(&v.name);
-                        b.call(format!("naming {at}"), libc::SYS_prctl, &[PR_SET_VMA, 0, v.start, length, name]);
+                        b.call(
+                            format!("naming {at}"),
+                            libc::SYS_prctl,
+                            &[PR_SET_VMA, 0, v.start, length, name],
+                        );
                     }
                 }
             })?;
@@ -510,7 +546,11 @@ impl Resource for MemoryMapResource {
             let at = b.bytes(&map);
             const PR_SET_MM: u64 = 35;
             const PR_SET_MM_MAP: u64 = 14;
-            b.call("prctl PR_SET_MM_MAP", libc::SYS_prctl, &[PR_SET_MM, PR_SET_MM_MAP, at, map.len() as u64, 0]);
+            b.call(
+                "prctl PR_SET_MM_MAP",
+                libc::SYS_prctl,
+                &[PR_SET_MM, PR_SET_MM_MAP, at, map.len() as u64, 0],
+            );
             b.call("close", libc::SYS_close, &[exe as u64]);
         })?;
         Ok(())

@@ -100,7 +100,14 @@ impl Collect<'_> {
     ///
     /// # Errors
     /// If the body is larger than a record may be.
-    pub fn put<T: Encode>(&mut self, kind: Kind, version: u16, owner: u64, id: u64, body: &T) -> Result<(), DumpError> {
+    pub fn put<T: Encode>(
+        &mut self,
+        kind: Kind,
+        version: u16,
+        owner: u64,
+        id: u64,
+        body: &T,
+    ) -> Result<(), DumpError> {
         let body = codec::encode(body)?;
         self.out.records.push(NewRecord { kind, version, owner, id, body });
         Ok(())
@@ -281,7 +288,8 @@ pub fn decode<T: Decode<()>>(record: &Record, version: u16) -> Result<T, Restore
         let text = format!("{kind} record version {} (this ckpt knows {version})", record.version);
         return Err(RestoreError::Record(text));
     }
-    codec::decode(&record.body).map_err(|e| RestoreError::Record(format!("{kind} record of {}: {e}", record.owner)))
+    codec::decode(&record.body)
+        .map_err(|e| RestoreError::Record(format!("{kind} record of {}: {e}", record.owner)))
 }
 
 #[cfg(test)]

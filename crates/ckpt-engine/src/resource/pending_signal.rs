@@ -41,7 +41,8 @@ impl Resource for PendingSignalResource {
             At::Thread(p, t) => (p.pid, t.host, false, t.tid, p.pid),
             At::Job | At::File(_) => return Ok(()),
         };
-        let queue = ptrace::queued_signals(host, shared).map_err(DumpError::errno(pid, "PTRACE_PEEKSIGINFO"))?;
+        let queue =
+            ptrace::queued_signals(host, shared).map_err(DumpError::errno(pid, "PTRACE_PEEKSIGINFO"))?;
         if queue.is_empty() {
             return Ok(());
         }

@@ -79,10 +79,18 @@ impl Resource for ProcessResource {
                 refusals.process(p.pid, "its main thread has ended and others run on", "not supported");
             }
             if s.seccomp.unwrap_or(0) == 1 || seccomp_filters(p.host) > host_filters {
-                refusals.process(p.pid, "it runs under a seccomp filter", "not supported; start it without its sandbox");
+                refusals.process(
+                    p.pid,
+                    "it runs under a seccomp filter",
+                    "not supported; start it without its sandbox",
+                );
             }
             if s.nspid.as_ref().is_some_and(|n| n.len() != nesting) {
-                refusals.process(p.pid, "it is in a pid namespace of its own", "nested containers are not supported");
+                refusals.process(
+                    p.pid,
+                    "it is in a pid namespace of its own",
+                    "nested containers are not supported",
+                );
             }
             for ns in ["user", "mnt", "ipc", "uts", "net", "cgroup"] {
                 let of = |pid: Pid| std::fs::read_link(format!("/proc/{pid}/ns/{ns}")).ok();
@@ -96,7 +104,8 @@ impl Resource for ProcessResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
-        let threads = if p.zombie.is_some() { vec![p.pid] } else { p.threads.iter().map(|t| t.tid).collect() };
+        let threads =
+            if p.zombie.is_some() { vec![p.pid] } else { p.threads.iter().map(|t| t.tid).collect() };
         let record = ProcessRecord {
             pid: p.pid,
             ppid: p.ppid,

@@ -59,7 +59,8 @@ impl Resource for SchedulerResource {
         let err = |what: &str| DumpError::errno(p.pid, format!("thread {}: {what}", t.tid));
         let a = ckpt_sys::task::sched_attr(t.host).map_err(err("sched_getattr"))?;
         let mask = ckpt_sys::task::affinity(t.host).map_err(err("sched_getaffinity"))?;
-        let slack = cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_TIMERSLACK as u64, 0, 0, 0, 0, 0])?;
+        let slack =
+            cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_TIMERSLACK as u64, 0, 0, 0, 0, 0])?;
         let record = SchedulerRecord {
             policy: a.policy,
             flags: a.flags,
@@ -85,7 +86,9 @@ impl Resource for SchedulerResource {
         if !s.affinity.is_empty() {
             match ckpt_sys::task::set_affinity(task, &s.affinity) {
                 Ok(()) => {}
-                Err(Errno::EINVAL) => cx.warnings.push(format!("thread {tid}: none of the CPUs it was bound to exists here")),
+                Err(Errno::EINVAL) => {
+                    cx.warnings.push(format!("thread {tid}: none of the CPUs it was bound to exists here"))
+                }
                 Err(e) => return Err(RestoreError::errno(tid, "sched_setaffinity")(e)),
             }
         }
@@ -105,7 +108,8 @@ impl Resource for SchedulerResource {
             match ckpt_sys::task::set_sched_attr(task, &attr) {
                 Ok(()) => {}
                 Err(Errno::EPERM) => {
-                    cx.warnings.push(format!("thread {tid}: no right to its scheduling policy {} here", s.policy));
+                    cx.warnings
+                        .push(format!("thread {tid}: no right to its scheduling policy {} here", s.policy));
                 }
                 Err(e) => return Err(RestoreError::errno(tid, "sched_setattr")(e)),
             }
@@ -113,7 +117,9 @@ impl Resource for SchedulerResource {
         if ckpt_sys::task::io_priority(task) != Ok(s.io_priority) {
             match ckpt_sys::task::set_io_priority(task, s.io_priority) {
                 Ok(()) => {}
-                Err(Errno::EPERM) => cx.warnings.push(format!("thread {tid}: no right to its I/O priority here")),
+                Err(Errno::EPERM) => {
+                    cx.warnings.push(format!("thread {tid}: no right to its I/O priority here"))
+                }
                 Err(e) => return Err(RestoreError::errno(tid, "ioprio_set")(e)),
             }
         }

@@ -175,7 +175,10 @@ impl Resource for SharedObjectResource {
             let object = cx.out.new_object();
             cx.out.objects.insert(identity, object);
             let mapped_end = found.mappings.iter().map(|(_, _, v)| v.offset + v.bytes()).max().unwrap_or(0);
-            let name = found.file.map_or_else(|| found.mappings[0].2.name.clone(), |f| String::from_utf8_lossy(f.path()).into_owned());
+            let name = found.file.map_or_else(
+                || found.mappings[0].2.name.clone(),
+                |f| String::from_utf8_lossy(f.path()).into_owned(),
+            );
             let mut bytes = mapped_end;
             let mut seals = None;
             if let Some(f) = found.file {
@@ -187,11 +190,21 @@ impl Resource for SharedObjectResource {
                 use std::os::fd::AsFd;
                 seals = ckpt_sys::descriptor::seals(file.as_fd()).ok();
                 let from = From::File { fd: file.into(), bytes };
-                cx.out.sources.push(Source { kind: Kind::SharedObject, object, zeros: ZeroPages::Elide, from });
+                cx.out.sources.push(Source {
+                    kind: Kind::SharedObject,
+                    object,
+                    zeros: ZeroPages::Elide,
+                    from,
+                });
             } else {
                 for (host, pid, ranges) in cover(&found.mappings) {
                     let from = From::Process { host, pid, ranges };
-                    cx.out.sources.push(Source { kind: Kind::SharedObject, object, zeros: ZeroPages::Elide, from });
+                    cx.out.sources.push(Source {
+                        kind: Kind::SharedObject,
+                        object,
+                        zeros: ZeroPages::Elide,
+                        from,
+                    });
                 }
             }
             let origin = if name == ANONYMOUS_NAME || name == "/dev/zero" {
@@ -227,11 +240,14 @@ impl Resource for SharedObjectResource {
         let pid = o.pid;
         let bytes = o.bytes;
         let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
-        let memfd = |name: &[u8], sealing: bool| (name.to_vec(), if sealing { libc::MFD_ALLOW_SEALING } else { 0 });
+        let memfd =
+            |name: &[u8], sealing: bool| (name.to_vec(), if sealing { libc::MFD_ALLOW_SEALING } else { 0 });
         let fd = match &o.origin {
             Origin::Anonymous | Origin::Memfd { .. } => {
                 let (name, flags) = match &o.origin {
-                    Origin::Memfd { name, seals } => memfd(name, seals.is_none_or(|s| s & libc::F_SEAL_SEAL == 0)),
+                    Origin::Memfd { name, seals } => {
+                        memfd(name, seals.is_none_or(|s| s & libc::F_SEAL_SEAL == 0))
+                    }
                     _ => memfd(ANONYMOUS_NAME.trim_start_matches("/memfd:").as_bytes(), false),
                 };
                 let (r, keep) = cx.run(pid, |b| {
@@ -249,14 +265,19 @@ impl Resource for SharedObjectResource {
                     let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC;
                     let at = b.string(&path);
                     let what = format!("creating {}", String::from_utf8_lossy(&path));
-                    let fd = b.call(what, libc::SYS_openat, &[libc::AT_FDCWD as u64, at, flags as u64, 0o600]);
+                    let fd =
+                        b.call(what, libc::SYS_openat, &[libc::AT_FDCWD as u64, at, flags as u64, 0o600]);
                     let size = b.call("ftruncate", libc::SYS_ftruncate, &[0, bytes]);
                     b.feed(fd, size, 0);
                     let chmod = b.call("fchmod", libc::SYS_fchmod, &[0, mode]);
                     b.feed(fd, chmod, 0);
                     // It has no name: it is reached through /proc/pid/fd from here on.
                     b.call("unlink", libc::SYS_unlink, &[at]);
-                    let keep = b.call("fcntl F_DUPFD_CLOEXEC", libc::SYS_fcntl, &[0, libc::F_DUPFD_CLOEXEC as u64, base]);
+                    let keep = b.call(
+                        "fcntl F_DUPFD_CLOEXEC",
+                        libc::SYS_fcntl,
+                        &[0, libc::F_DUPFD_CLOEXEC as u64, base],
+                    );
                     b.feed(fd, keep, 0);
                     keep
                 })?;
@@ -275,7 +296,12 @@ impl Resource for SharedObjectResource {
         if let Origin::Memfd { seals: Some(seals), .. } = o.origin
             && seals & !libc::F_SEAL_SEAL != 0
         {
-            cx.call(pid, "fcntl F_ADD_SEALS", libc::SYS_fcntl, &[fd as u64, libc::F_ADD_SEALS as u64, seals as u64])?;
+            cx.call(
+                pid,
+                "fcntl F_ADD_SEALS",
+                libc::SYS_fcntl,
+                &[fd as u64, libc::F_ADD_SEALS as u64, seals as u64],
+            )?;
         }
         cx.call(pid, "close", libc::SYS_close, &[fd as u64])?;
         Ok(())

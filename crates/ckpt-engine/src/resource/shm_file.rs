@@ -138,12 +138,17 @@ impl Resource for ShmFileResource {
         match f.object {
             None => std::fs::create_dir(path).map_err(err("creating"))?,
             Some(object) => {
-                let file = std::fs::File::options().write(true).create_new(true).open(path).map_err(err("creating"))?;
+                let file = std::fs::File::options()
+                    .write(true)
+                    .create_new(true)
+                    .open(path)
+                    .map_err(err("creating"))?;
                 file.set_len(f.bytes).map_err(err("sizing"))?;
                 fill_file(cx, &file, object, f.bytes, &mut Vec::new())?;
             }
         }
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(f.mode & 0o7777)).map_err(err("chmod"))?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(f.mode & 0o7777))
+            .map_err(err("chmod"))?;
         if nix::unistd::geteuid().is_root() {
             std::os::unix::fs::chown(path, Some(f.uid), Some(f.gid)).map_err(err("chown"))?;
         }

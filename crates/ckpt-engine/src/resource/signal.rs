@@ -54,21 +54,34 @@ impl Resource for SignalResource {
         let set = p.status.sigcgt | p.status.sigign;
         let mut actions = Vec::new();
         for signal in (1..=64u32).filter(|n| set & (1 << (n - 1)) != 0) {
-            let (n, b) = cx.live().query::<32>(libc::SYS_rt_sigaction, |at| [u64::from(signal), 0, at, 8, 0, 0])?;
+            let (n, b) =
+                cx.live().query::<32>(libc::SYS_rt_sigaction, |at| [u64::from(signal), 0, at, 8, 0, 0])?;
             if n < 0 {
                 let source = std::io::Error::from_raw_os_error(-n as i32);
-                return Err(DumpError::Process { pid: p.pid, what: format!("rt_sigaction {signal}"), source });
+                return Err(DumpError::Process {
+                    pid: p.pid,
+                    what: format!("rt_sigaction {signal}"),
+                    source,
+                });
             }
             let word = |i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap_or_default());
-            actions.push(Action { signal, handler: word(0), flags: word(8), restorer: word(16), mask: word(24) });
+            actions.push(Action {
+                signal,
+                handler: word(0),
+                flags: word(8),
+                restorer: word(16),
+                mask: word(24),
+            });
         }
         cx.put(Kind::Signal, VERSION, p.pid as u64, 0, &SignalRecord { actions })
     }
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {
         let s: SignalRecord = decode(record, VERSION)?;
-        let handled: Vec<String> = s.actions.iter().filter(|a| a.handler > 1).map(|a| a.signal.to_string()).collect();
-        let ignored: Vec<String> = s.actions.iter().filter(|a| a.handler == 1).map(|a| a.signal.to_string()).collect();
+        let handled: Vec<String> =
+            s.actions.iter().filter(|a| a.handler > 1).map(|a| a.signal.to_string()).collect();
+        let ignored: Vec<String> =
+            s.actions.iter().filter(|a| a.handler == 1).map(|a| a.signal.to_string()).collect();
         Ok(format!("handled: {}; ignored: {}", handled.join(" "), ignored.join(" ")))
     }
 
@@ -83,13 +96,18 @@ impl Resource for SignalResource {
                     continue;
                 }
                 let found = s.actions.iter().find(|a| a.signal == signal);
-                if signal == libc::SIGTRAP as u32 && found.is_some_and(|a| a.handler == libc::SIG_IGN as u64) {
+                if signal == libc::SIGTRAP as u32 && found.is_some_and(|a| a.handler == libc::SIG_IGN as u64)
+                {
                     // Batches end with a trap, which would reset an ignored action: left to *resume*.
                     continue;
                 }
                 let a = found.map_or([0; 4], |a| [a.handler, a.flags, a.restorer, a.mask]);
                 let at = b.words(&a);
-                b.call(format!("rt_sigaction {signal}"), libc::SYS_rt_sigaction, &[u64::from(signal), at, 0, 8]);
+                b.call(
+                    format!("rt_sigaction {signal}"),
+                    libc::SYS_rt_sigaction,
+                    &[u64::from(signal), at, 0, 8],
+                );
             }
         })?;
         Ok(())

@@ -154,7 +154,10 @@ impl Resource for TimerResource {
                 cx.area.batch().read(out, &mut id);
                 let id = i32::from_le_bytes(id);
                 if id > t.id {
-                    return Err(RestoreError::Host(format!("process {pid}: the kernel gave timer id {id} for {}", t.id)));
+                    return Err(RestoreError::Host(format!(
+                        "process {pid}: the kernel gave timer id {id} for {}",
+                        t.id
+                    )));
                 }
                 if id < t.id {
                     cx.call(pid, "timer_delete", libc::SYS_timer_delete, &[id as u64])?;

@@ -62,7 +62,8 @@ impl<'a> Build<'a> {
     /// # Errors
     /// If its place is taken.
     pub fn new(request: &'a RestoreRequest, image: &'a Image, plan: Plan) -> Result<Build<'a>, RestoreError> {
-        let area = Area::map(plan.hole).map_err(RestoreError::errno(1, "mapping the area for remote calls"))?;
+        let area =
+            Area::map(plan.hole).map_err(RestoreError::errno(1, "mapping the area for remote calls"))?;
         let mut processes = BTreeMap::new();
         for r in image.of_kind(Kind::Process) {
             let p: ProcessRecord = decode(r, crate::resource::process::VERSION)?;
@@ -114,7 +115,11 @@ impl<'a> Build<'a> {
     ///
     /// # Errors
     /// If a call fails.
-    pub fn open_in(&mut self, pid: i32, open: impl FnOnce(&mut Batch<'_>) -> CallId) -> Result<i32, RestoreError> {
+    pub fn open_in(
+        &mut self,
+        pid: i32,
+        open: impl FnOnce(&mut Batch<'_>) -> CallId,
+    ) -> Result<i32, RestoreError> {
         let base = self.free_numbers.get(&pid).copied().unwrap_or(0) as u64;
         let (results, keep) = self.run(pid, |b| {
             let fd = open(b);
@@ -159,7 +164,8 @@ impl<'a> Build<'a> {
                 }
             }
         }
-        let taken: BTreeSet<i32> = wanted.values().flat_map(|p| p.threads.iter().copied().chain([p.pid])).collect();
+        let taken: BTreeSet<i32> =
+            wanted.values().flat_map(|p| p.threads.iter().copied().chain([p.pid])).collect();
         let temporary = (300..32000).rev().find(|n| !taken.contains(n)).unwrap_or(32000);
         let mut tree = Tree { session: BTreeMap::new(), parent: BTreeMap::new(), temporary };
         while tree.session.len() < wanted.len() {
@@ -171,8 +177,11 @@ impl<'a> Build<'a> {
             }
             self.lead_sessions(&mut tree, &wanted)?;
             if tree.session.len() == before {
-                let left: Vec<i32> = wanted.keys().copied().filter(|n| !tree.session.contains_key(n)).collect();
-                return Err(RestoreError::Record(format!("the sessions of processes {left:?} can't be rebuilt")));
+                let left: Vec<i32> =
+                    wanted.keys().copied().filter(|n| !tree.session.contains_key(n)).collect();
+                return Err(RestoreError::Record(format!(
+                    "the sessions of processes {left:?} can't be rebuilt"
+                )));
             }
         }
         self.lead_sessions(&mut tree, &wanted)?;
@@ -244,12 +253,17 @@ impl<'a> Build<'a> {
     }
 
     /// setsid(2) for leaders all of whose children from before are there.
-    fn lead_sessions(&mut self, tree: &mut Tree, wanted: &BTreeMap<i32, ProcessRecord>) -> Result<(), RestoreError> {
+    fn lead_sessions(
+        &mut self,
+        tree: &mut Tree,
+        wanted: &BTreeMap<i32, ProcessRecord>,
+    ) -> Result<(), RestoreError> {
         for p in wanted.values().filter(|p| p.sid == p.pid) {
             if tree.session.get(&p.pid).is_none_or(|s| *s == p.pid) {
                 continue;
             }
-            let early = |c: &&ProcessRecord| c.ppid == p.pid && Self::birth(wanted, c).is_some_and(|b| b != p.pid);
+            let early =
+                |c: &&ProcessRecord| c.ppid == p.pid && Self::birth(wanted, c).is_some_and(|b| b != p.pid);
             if wanted.values().filter(early).all(|c| tree.session.contains_key(&c.pid)) {
                 self.call(p.pid, "setsid", libc::SYS_setsid, &[])?;
                 tree.session.insert(p.pid, p.pid);
@@ -261,7 +275,8 @@ impl<'a> Build<'a> {
     fn make_groups(&mut self, wanted: &BTreeMap<i32, ProcessRecord>) -> Result<(), RestoreError> {
         // Leaders first: a group exists only once somebody leads it.
         for leaders in [true, false] {
-            for p in wanted.values().filter(|p| p.pid != p.sid && (p.pid == p.pgid) == leaders && p.pgid > 1) {
+            for p in wanted.values().filter(|p| p.pid != p.sid && (p.pid == p.pgid) == leaders && p.pgid > 1)
+            {
                 self.call(p.pid, "setpgid", libc::SYS_setpgid, &[0, p.pgid as u64])?;
             }
         }
@@ -281,7 +296,8 @@ impl<'a> Build<'a> {
             // No core file; the signal must find its default action and be unblocked.
             ckpt_sys::task::set_limit(task, libc::RLIMIT_CORE, 0, 0).map_err(err("RLIMIT_CORE"))?;
             ptrace::set_signal_mask(task, 0).map_err(err("signal mask"))?;
-            let signal = nix::sys::signal::Signal::try_from(status & 0x7f).map_err(err("signal of a zombie"))?;
+            let signal =
+                nix::sys::signal::Signal::try_from(status & 0x7f).map_err(err("signal of a zombie"))?;
             nix::sys::signal::kill(task, signal).map_err(err("kill"))?;
             loop {
                 match ptrace::cont(task, 0) {

@@ -68,7 +68,8 @@ fn fill_process(build: &Build<'_>, pid: i32, object: u64, buf: &mut Vec<u8>) -> 
             }
         }
         let what = format!("filling {} bytes at {:#x}", buf.len(), run.offset);
-        ckpt_sys::memory::write(Pid::from_raw(pid), run.offset, buf).map_err(RestoreError::errno(pid, what))?;
+        ckpt_sys::memory::write(Pid::from_raw(pid), run.offset, buf)
+            .map_err(RestoreError::errno(pid, what))?;
     }
     Ok(())
 }

@@ -90,10 +90,12 @@ pub fn rebuild(request: &RestoreRequest) -> Result<Rebuilt, RestoreError> {
     let mut build = Build::new(request, &image, plan)?;
     build.build_tree()?;
     let order = in_order();
-    let steps: [Step; 4] =
-        [|r, b, rec| r.create(b, rec), |r, b, rec| r.connect(b, rec), |r, b, rec| r.finish(b, rec), |r, b, rec| {
-            r.arm(b, rec)
-        }];
+    let steps: [Step; 4] = [
+        |r, b, rec| r.create(b, rec),
+        |r, b, rec| r.connect(b, rec),
+        |r, b, rec| r.finish(b, rec),
+        |r, b, rec| r.arm(b, rec),
+    ];
     for (i, step) in steps.into_iter().enumerate() {
         for r in &order {
             if ckpt_sys::hook::skipped(r.kind().name()) {

@@ -52,14 +52,20 @@ fn files(image: &Image) -> Result<BTreeMap<Vec<u8>, Used>, RestoreError> {
         }
         let writes = f.opened.flags & libc::O_ACCMODE != libc::O_RDONLY;
         let at_end = f.opened.flags & libc::O_APPEND != 0 || f.opened.position == f.stat.size;
-        let u = out.entry(f.path).or_insert(Used { stat: f.stat, writers: false, at_end: true, mapped: false });
+        let u =
+            out.entry(f.path).or_insert(Used { stat: f.stat, writers: false, at_end: true, mapped: false });
         u.writers |= writes;
         u.at_end &= !writes || at_end;
     }
     for r in image.of_kind(Kind::MemoryMap) {
         let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
         for f in m.files {
-            let u = out.entry(f.path).or_insert(Used { stat: f.stat, writers: false, at_end: true, mapped: true });
+            let u = out.entry(f.path).or_insert(Used {
+                stat: f.stat,
+                writers: false,
+                at_end: true,
+                mapped: true,
+            });
             u.mapped = true;
         }
     }
@@ -85,13 +91,19 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
             if let Backing::Kernel { name } = &v.backing {
                 let size = v.end - v.start;
                 if !own.iter().any(|o| o.name == *name && o.bytes() == size) {
-                    let text = format!("this kernel's {name} is not like that of the checkpoint (kernel {})", image.job.kernel);
+                    let text = format!(
+                        "this kernel's {name} is not like that of the checkpoint (kernel {})",
+                        image.job.kernel
+                    );
                     return Err(RestoreError::Host(text));
                 }
             }
         }
         if m.vdso_hash != 0 && m.vdso_hash != own_vdso_hash(&own)? {
-            let text = format!("its kernel has another vDSO than the kernel of the checkpoint ({})", image.job.kernel);
+            let text = format!(
+                "its kernel has another vDSO than the kernel of the checkpoint ({})",
+                image.job.kernel
+            );
             return Err(RestoreError::Host(text));
         }
     }
@@ -117,7 +129,11 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
     if image.job.uid != nix::unistd::geteuid().as_raw() && !nix::unistd::geteuid().is_root() {
         conflicts.push(Conflict {
             what: request.label.clone(),
-            why: format!("it is a checkpoint of user {}, you are user {}", image.job.uid, nix::unistd::geteuid()),
+            why: format!(
+                "it is a checkpoint of user {}, you are user {}",
+                image.job.uid,
+                nix::unistd::geteuid()
+            ),
             advice: "restore as that user or as root".into(),
         });
     }
@@ -173,7 +189,9 @@ fn judge_files(
             FilePolicy::Keep if !used.mapped => {}
             FilePolicy::Auto if grew && used.at_end => plan.cuts.push((path, used.stat, now)),
             FilePolicy::Rollback if grew => plan.cuts.push((path, used.stat, now)),
-            FilePolicy::Refuse => conflict(change, "without `--files refuse` ckpt would judge what can go on"),
+            FilePolicy::Refuse => {
+                conflict(change, "without `--files refuse` ckpt would judge what can go on")
+            }
             _ if used.mapped => conflict(
                 format!("{change}, and the job has it mapped"),
                 "put the old file back, or accept it with --allow-changed PATH",
@@ -197,7 +215,8 @@ fn judge_files(
 /// If a record does not decode.
 pub fn live_conflicts(image: &Image, jobs: &[(String, i32)]) -> Result<Conflicts, RestoreError> {
     let used = files(image)?;
-    let inodes: BTreeSet<(u64, u64)> = used.values().filter(|u| u.writers).map(|u| (u.stat.dev, u.stat.ino)).collect();
+    let inodes: BTreeSet<(u64, u64)> =
+        used.values().filter(|u| u.writers).map(|u| (u.stat.dev, u.stat.ino)).collect();
     let mut out = Conflicts::default();
     for (name, init) in jobs {
         let mut pending = crate::model::process::children(*init);
@@ -206,10 +225,15 @@ pub fn live_conflicts(image: &Image, jobs: &[(String, i32)]) -> Result<Conflicts
             let list = crate::model::file::descriptors(nix::unistd::Pid::from_raw(host)).unwrap_or_default();
             for (fd, seen) in list {
                 let writes = seen.flags & libc::O_ACCMODE != libc::O_RDONLY;
-                if writes && seen.stat.format() == libc::S_IFREG && inodes.contains(&(seen.stat.dev, seen.stat.ino)) {
+                if writes
+                    && seen.stat.format() == libc::S_IFREG
+                    && inodes.contains(&(seen.stat.dev, seen.stat.ino))
+                {
                     out.0.push(Conflict {
                         what: seen.target,
-                        why: format!("the running job {name} has it open for writing (process {host} fd {fd})"),
+                        why: format!(
+                            "the running job {name} has it open for writing (process {host} fd {fd})"
+                        ),
                         advice: format!("end that job first: ckpt kill {name}"),
                     });
                 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Resume: the last trace of ckpt leaves each process, every thread gets its registers, and then all go.
 
+use super::Rebuilt;
 use super::build_tree::Build;
 use super::plan::VDSO_ROOM;
-use super::Rebuilt;
 use crate::error::RestoreError;
 use crate::kind::Kind;
 use crate::resource::decode;
@@ -44,7 +44,11 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
         if let Some(action) = ignores_trap {
             // Set by a call that doesn't end with a trap; the action is read from the area, which is still there.
             let at = build.area.batch().words(&action);
-            stepped("rt_sigaction of SIGTRAP", libc::SYS_rt_sigaction, [libc::SIGTRAP as u64, at, 0, 8, 0, 0])?;
+            stepped(
+                "rt_sigaction of SIGTRAP",
+                libc::SYS_rt_sigaction,
+                [libc::SIGTRAP as u64, at, 0, 8, 0, 0],
+            )?;
         }
         let room = [build.plan.hole, AREA_BYTES as u64 + VDSO_ROOM, 0, 0, 0, 0];
         stepped("munmap of the area", libc::SYS_munmap, room)?;
@@ -77,7 +81,8 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
 fn ignores_sigtrap(build: &Build<'_>, pid: i32) -> Result<Option<[u64; 4]>, RestoreError> {
     let Some(r) = build.image.of_kind(Kind::Signal).find(|r| r.owner == pid as u64) else { return Ok(None) };
     let s: SignalRecord = decode(r, crate::resource::signal::VERSION)?;
-    let action = s.actions.iter().find(|a| a.signal == libc::SIGTRAP as u32 && a.handler == libc::SIG_IGN as u64);
+    let action =
+        s.actions.iter().find(|a| a.signal == libc::SIGTRAP as u32 && a.handler == libc::SIG_IGN as u64);
     Ok(action.map(|a| [a.handler, a.flags, a.restorer, a.mask]))
 }
 
@@ -88,7 +93,8 @@ fn syscall_instruction(build: &Build<'_>, pid: i32) -> Result<u64, RestoreError>
     let m: MemoryMapRecord = decode(record, crate::resource::memory_map::VERSION)?;
     let v = m.vdso().ok_or_else(|| RestoreError::Record(format!("process {pid} has no vDSO")))?;
     let mut bytes = vec![0u8; (v.1 - v.0) as usize];
-    ckpt_sys::memory::read(Pid::from_raw(pid), v.0, &mut bytes).map_err(RestoreError::errno(pid, "reading its vDSO"))?;
+    ckpt_sys::memory::read(Pid::from_raw(pid), v.0, &mut bytes)
+        .map_err(RestoreError::errno(pid, "reading its vDSO"))?;
     let at = bytes.windows(2).position(|w| w == [0x0f, 0x05]);
     at.map(|n| v.0 + n as u64)
         .ok_or_else(|| RestoreError::Host("its vDSO holds no syscall instruction".into()))

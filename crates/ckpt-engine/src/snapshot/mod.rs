@@ -102,7 +102,8 @@ pub trait Snapshot {
 pub fn read_source(source: &Source, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
     match &source.from {
         From::Process { host, pid, ranges } => {
-            let forced = ckpt_sys::memory::Forced::open(*host).map_err(DumpError::process(*pid, "opening its memory"))?;
+            let forced = ckpt_sys::memory::Forced::open(*host)
+                .map_err(DumpError::process(*pid, "opening its memory"))?;
             let mut buf = vec![0u8; piece];
             for r in ranges {
                 let mut done = 0;
@@ -127,13 +128,16 @@ pub fn read_source(source: &Source, piece: usize, sink: &mut Sink<'_>) -> Result
 fn read_file(fd: &OwnedFd, bytes: u64, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
     use ckpt_sys::memory::PAGE;
     use std::os::unix::fs::FileExt;
-    let err = |e: std::io::Error| DumpError::Process { pid: 0, what: "reading a file's content".into(), source: e };
+    let err =
+        |e: std::io::Error| DumpError::Process { pid: 0, what: "reading a file's content".into(), source: e };
     let file = std::fs::File::from(fd.try_clone().map_err(err)?);
     let mut buf = vec![0u8; piece];
     let mut at = 0;
     while at < bytes {
         // Holes are not read, which would fill them in shared memory.
-        let Some(data) = ckpt_sys::descriptor::next_data(&file, at).map_err(|e| err(e.into()))? else { break };
+        let Some(data) = ckpt_sys::descriptor::next_data(&file, at).map_err(|e| err(e.into()))? else {
+            break;
+        };
         at = data / PAGE * PAGE;
         let end = ckpt_sys::descriptor::next_hole(&file, data).map_err(|e| err(e.into()))?.min(bytes);
         while at < end {

@@ -17,8 +17,8 @@ pub type Registers = libc::user_regs_struct;
 /// The registers as a plain array in the order of `user_regs_struct`, for records.
 pub fn registers_to_words(r: &Registers) -> [u64; 27] {
     [
-        r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi, r.rdi,
-        r.orig_rax, r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base, r.gs_base, r.ds, r.es, r.fs, r.gs,
+        r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11, r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi,
+        r.rdi, r.orig_rax, r.rip, r.cs, r.eflags, r.rsp, r.ss, r.fs_base, r.gs_base, r.ds, r.es, r.fs, r.gs,
     ]
 }
 
@@ -279,8 +279,27 @@ pub fn live_block(f: &LiveFinish, quiet: bool) -> Vec<u8> {
         }
     }
     let words = [
-        f.scratch.0, f.scratch.1, f.mask, r.eflags, r.rsp, r.rip, r.r15, r.r14, r.r13, r.r12, r.rbp, r.rbx, r.r11,
-        r.r10, r.r9, r.r8, r.rax, r.rcx, r.rdx, r.rsi, r.rdi,
+        f.scratch.0,
+        f.scratch.1,
+        f.mask,
+        r.eflags,
+        r.rsp,
+        r.rip,
+        r.r15,
+        r.r14,
+        r.r13,
+        r.r12,
+        r.rbp,
+        r.rbx,
+        r.r11,
+        r.r10,
+        r.r9,
+        r.r8,
+        r.rax,
+        r.rcx,
+        r.rdx,
+        r.rsi,
+        r.rdi,
     ];
     let mut block = code.to_vec();
     for (i, w) in words.iter().enumerate() {
@@ -317,7 +336,8 @@ pub fn cpu_features() -> [u8; 64] {
 /// the register state, which must not have grown smaller.
 pub fn cpu_has(needed: &[u8; 64]) -> bool {
     let have = cpu_features();
-    let word = |b: &[u8; 64], i: usize| u32::from_le_bytes([b[i * 4], b[i * 4 + 1], b[i * 4 + 2], b[i * 4 + 3]]);
+    let word =
+        |b: &[u8; 64], i: usize| u32::from_le_bytes([b[i * 4], b[i * 4 + 1], b[i * 4 + 2], b[i * 4 + 3]]);
     (0..9).all(|i| word(needed, i) & !word(&have, i) == 0) && word(needed, 9) <= word(&have, 9)
 }
 

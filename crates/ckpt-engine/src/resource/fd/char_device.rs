@@ -51,8 +51,11 @@ impl Resource for CharDeviceResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::File(f) = at else { return Ok(()) };
-        let record =
-            CharDeviceRecord { opened: Opened::of(cx.job, f)?, path: f.path().to_vec(), rdev: f.seen.stat.rdev };
+        let record = CharDeviceRecord {
+            opened: Opened::of(cx.job, f)?,
+            path: f.path().to_vec(),
+            rdev: f.seen.stat.rdev,
+        };
         cx.put(Kind::CharDevice, VERSION, f.id, 0, &record)
     }
 

@@ -96,7 +96,8 @@ fn step_aside(mut b: Batch<'_>, w: &Watch) -> Result<Option<(u64, u64)>, Restore
     let flags = b.call("fcntl F_GETFD", libc::SYS_fcntl, &[number, libc::F_GETFD as u64]);
     let dup = b.call("fcntl F_DUPFD", libc::SYS_fcntl, &[number, libc::F_DUPFD as u64, number + 1]);
     let (r, _) = b.run_raw(Pid::from_raw(w.pid)).map_err(RestoreError::remote(w.pid))?;
-    let cloexec = if r[flags.index()] & i64::from(libc::FD_CLOEXEC) != 0 { libc::O_CLOEXEC as u64 } else { 0 };
+    let cloexec =
+        if r[flags.index()] & i64::from(libc::FD_CLOEXEC) != 0 { libc::O_CLOEXEC as u64 } else { 0 };
     Ok(u64::try_from(r[dup.index()]).ok().map(|fd| (fd, cloexec)))
 }
 
@@ -118,8 +119,15 @@ impl Resource for EpollResource {
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
         for f in job.files.values().filter(|f| f.kind == Some(Kind::Epoll)) {
             for number in resolve(job, f).into_iter().filter_map(Result::err) {
-                let what = format!("epoll instance that watches number {number}, which no process has open any more");
-                refusals.fd(f.pid, f.fd, what, "the file was handed to another process and closed; not supported");
+                let what = format!(
+                    "epoll instance that watches number {number}, which no process has open any more"
+                );
+                refusals.fd(
+                    f.pid,
+                    f.fd,
+                    what,
+                    "the file was handed to another process and closed; not supported",
+                );
             }
         }
     }

@@ -57,7 +57,8 @@ impl Resource for EventfdResource {
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::File(f) = at else { return Ok(()) };
         let count = f.info("eventfd-count").and_then(|s| u64::from_str_radix(s, 16).ok());
-        let count = count.ok_or_else(|| DumpError::fd(f.pid, f.fd, "its counter")(ckpt_sys::Errno::ENODATA))?;
+        let count =
+            count.ok_or_else(|| DumpError::fd(f.pid, f.fd, "its counter")(ckpt_sys::Errno::ENODATA))?;
         let semaphore = f.info("eventfd-semaphore") == Some("1");
         let record = EventfdRecord { opened: Opened::of(cx.job, f)?, count, semaphore };
         cx.put(Kind::Eventfd, VERSION, f.id, 0, &record)

@@ -131,7 +131,11 @@ impl Resource for FileLockResource {
         cx.run(l.pid, |b| {
             if l.family == Family::Flock {
                 let mode = libc::LOCK_NB | if l.write { libc::LOCK_EX } else { libc::LOCK_SH };
-                b.call(format!("flock of fd {fd} (does somebody else hold it?)"), libc::SYS_flock, &[fd, mode as u64]);
+                b.call(
+                    format!("flock of fd {fd} (does somebody else hold it?)"),
+                    libc::SYS_flock,
+                    &[fd, mode as u64],
+                );
                 return;
             }
             // struct flock: type and whence, start, length, pid.
@@ -139,7 +143,11 @@ impl Resource for FileLockResource {
             let length = l.end.map_or(0, |e| e - l.start + 1);
             let at = b.words(&[kind as u64, l.start, length, 0]);
             let command = if l.family == Family::Ofd { F_OFD_SETLK } else { libc::F_SETLK as u64 };
-            b.call(format!("fcntl lock of fd {fd} (does somebody else hold it?)"), libc::SYS_fcntl, &[fd, command, at]);
+            b.call(
+                format!("fcntl lock of fd {fd} (does somebody else hold it?)"),
+                libc::SYS_fcntl,
+                &[fd, command, at],
+            );
         })?;
         Ok(())
     }

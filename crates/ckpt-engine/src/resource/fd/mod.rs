@@ -108,7 +108,10 @@ pub fn unsupported(f: &OpenFile) -> (String, &'static str) {
     } else if starts("/dev/infiniband") {
         (format!("RDMA device {target}"), "RDMA users can't be checkpointed")
     } else if starts("socket:") {
-        (format!("{target}, a network, listening or named socket"), "only unix socket pairs are supported; close it first")
+        (
+            format!("{target}, a network, listening or named socket"),
+            "only unix socket pairs are supported; close it first",
+        )
     } else if starts("anon_inode:") {
         (target.clone(), "not supported; close it first")
     } else if starts("/proc/") || starts("/sys/") {

@@ -53,7 +53,8 @@ pub fn content_of(f: &OpenFile) -> Result<PipeContent, DumpError> {
     let read_end = if f.access() == libc::O_RDONLY || f.access() == libc::O_RDWR {
         fd
     } else {
-        nix::fcntl::open(link.as_str(), flags, nix::sys::stat::Mode::empty()).map_err(err("opening its other end"))?
+        nix::fcntl::open(link.as_str(), flags, nix::sys::stat::Mode::empty())
+            .map_err(err("opening its other end"))?
     };
     let bytes = ckpt_sys::descriptor::peek_pipe(read_end.as_fd()).map_err(err("reading what is in it"))?;
     Ok(PipeContent { capacity, bytes })
@@ -74,7 +75,11 @@ pub fn fill(cx: &mut Build<'_>, pid: i32, fd: i32, content: &PipeContent) -> Res
     let bytes = content.bytes.len();
     let (results, wrote) = cx.run(pid, |b| {
         let w = open_call(b, path.as_bytes(), libc::O_RDWR | libc::O_NONBLOCK);
-        let size = b.call("fcntl F_SETPIPE_SZ", libc::SYS_fcntl, &[0, libc::F_SETPIPE_SZ as u64, content.capacity as u64]);
+        let size = b.call(
+            "fcntl F_SETPIPE_SZ",
+            libc::SYS_fcntl,
+            &[0, libc::F_SETPIPE_SZ as u64, content.capacity as u64],
+        );
         b.feed(w, size, 0);
         let wrote = (bytes > 0).then(|| {
             let data = b.bytes(&content.bytes);
@@ -87,9 +92,10 @@ pub fn fill(cx: &mut Build<'_>, pid: i32, fd: i32, content: &PipeContent) -> Res
         wrote
     })?;
     match wrote {
-        Some(n) if results[n.index()] != bytes as u64 => {
-            Err(RestoreError::Host(format!("a pipe of process {pid} takes {} of {bytes} bytes", results[n.index()])))
-        }
+        Some(n) if results[n.index()] != bytes as u64 => Err(RestoreError::Host(format!(
+            "a pipe of process {pid} takes {} of {bytes} bytes",
+            results[n.index()]
+        ))),
         _ => Ok(()),
     }
 }

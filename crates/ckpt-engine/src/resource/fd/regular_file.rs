@@ -87,7 +87,10 @@ impl Resource for RegularFileResource {
         let f: RegularFileRecord = decode(record, VERSION)?;
         let deleted = if f.object.is_some() { " (deleted)" } else { "" };
         let path = String::from_utf8_lossy(&f.path).into_owned();
-        Ok(format!("{path}{deleted}, at {} of {} bytes, flags {:#o}", f.opened.position, f.stat.size, f.opened.flags))
+        Ok(format!(
+            "{path}{deleted}, at {} of {} bytes, flags {:#o}",
+            f.opened.position, f.stat.size, f.opened.flags
+        ))
     }
 
     fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {

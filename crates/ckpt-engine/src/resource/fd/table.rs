@@ -61,7 +61,8 @@ impl Resource for FdTableResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
-        let entry = |d: &crate::model::file::Descriptor| Entry { number: d.number, file: d.file, cloexec: d.cloexec };
+        let entry =
+            |d: &crate::model::file::Descriptor| Entry { number: d.number, file: d.file, cloexec: d.cloexec };
         let entries = p.descriptors.iter().map(entry).collect();
         cx.put(Kind::FdTable, VERSION, p.pid as u64, 0, &FdTableRecord { entries })
     }

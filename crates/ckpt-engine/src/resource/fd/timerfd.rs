@@ -63,7 +63,8 @@ impl Resource for TimerfdResource {
             let clock = f.info("clockid")?.parse().ok()?;
             Some((clock, f.info("ticks")?.parse().ok()?, [every, every_ns, left, left_ns]))
         };
-        let (clock, ticks, spec) = read().ok_or_else(|| DumpError::fd(f.pid, f.fd, "its fdinfo")(Errno::ENODATA))?;
+        let (clock, ticks, spec) =
+            read().ok_or_else(|| DumpError::fd(f.pid, f.fd, "its fdinfo")(Errno::ENODATA))?;
         let record = TimerfdRecord { opened: Opened::of(cx.job, f)?, clock, ticks, spec };
         cx.put(Kind::Timerfd, VERSION, f.id, 0, &record)
     }

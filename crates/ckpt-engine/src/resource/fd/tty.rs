@@ -72,7 +72,11 @@ impl Resource for TtyResource {
             return;
         }
         for p in job.live().filter(|p| p.stat.tty_nr != 0 && p.sid == p.pid) {
-            refusals.process(p.pid, "it has a controlling terminal that is not the job's own", "not supported");
+            refusals.process(
+                p.pid,
+                "it has a controlling terminal that is not the job's own",
+                "not supported",
+            );
         }
     }
 
@@ -91,7 +95,8 @@ impl Resource for TtyResource {
                 let t = ckpt_sys::descriptor::terminal(fd.as_fd()).map_err(err("reading its settings"))?;
                 let unread = ckpt_sys::descriptor::readable_bytes(fd.as_fd()).unwrap_or(0);
                 if unread > 0 {
-                    cx.warnings.push(format!("{unread} bytes typed at the terminal and not read yet are not saved"));
+                    cx.warnings
+                        .push(format!("{unread} bytes typed at the terminal and not read yet are not saved"));
                 }
                 let leader = cx.job.live().find(|p| p.sid == p.pid && p.stat.tty_nr != 0);
                 let session = leader.map(|p| {

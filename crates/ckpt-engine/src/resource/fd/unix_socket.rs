@@ -65,7 +65,10 @@ impl Resource for UnixSocketResource {
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
         for f in job.files.values().filter(|f| f.kind == Some(Kind::UnixSocket)) {
             let peer = diag(job, f).and_then(|s| s.peer).unwrap_or(0);
-            let inside = job.files.values().any(|g| g.seen.stat.ino as u32 == peer && g.kind == Some(Kind::UnixSocket));
+            let inside = job
+                .files
+                .values()
+                .any(|g| g.seen.stat.ino as u32 == peer && g.kind == Some(Kind::UnixSocket));
             if peer != 0 && !inside {
                 let what = format!("unix socket {} connected to something outside the job", f.seen.target);
                 refusals.fd(f.pid, f.fd, what, "close it first");
@@ -79,7 +82,12 @@ impl Resource for UnixSocketResource {
                     refusals.fd(f.pid, f.fd, what, "dump again when they have been received");
                 }
                 Err(Errno::ENODATA) => {
-                    refusals.fd(f.pid, f.fd, "unix socket with an empty message in it", "dump again when it has been received");
+                    refusals.fd(
+                        f.pid,
+                        f.fd,
+                        "unix socket with an empty message in it",
+                        "dump again when it has been received",
+                    );
                 }
                 _ => {}
             }
@@ -92,7 +100,8 @@ impl Resource for UnixSocketResource {
         let err = |what: &str| DumpError::fd(f.pid, f.fd, what.to_owned());
         let fd = f.steal()?;
         let stream = i32::from(s.kind) == libc::SOCK_STREAM;
-        let queue = ckpt_sys::socket::peek_queue(fd.as_fd(), stream).map_err(err("reading what is queued"))?;
+        let queue =
+            ckpt_sys::socket::peek_queue(fd.as_fd(), stream).map_err(err("reading what is queued"))?;
         let int = |o| ckpt_sys::socket::get_int(fd.as_fd(), o).map_err(err("getsockopt"));
         let time = |o| ckpt_sys::socket::get_timeout(fd.as_fd(), o).map_err(err("getsockopt"));
         let creator = nix::sys::socket::getsockopt(&fd, nix::sys::socket::sockopt::PeerCredentials)
@@ -139,7 +148,8 @@ impl Resource for UnixSocketResource {
                 })?;
                 let mut ends = [0u8; 8];
                 cx.area.batch().read(at, &mut ends);
-                let end = |i: usize| i32::from_le_bytes([ends[i], ends[i + 1], ends[i + 2], ends[i + 3]]) as u64;
+                let end =
+                    |i: usize| i32::from_le_bytes([ends[i], ends[i + 1], ends[i + 2], ends[i + 3]]) as u64;
                 let (a, z) = (end(0), end(4));
                 let (r, kept) = cx.run(pid, |b| {
                     [a, z].map(|n| {
@@ -171,7 +181,11 @@ impl Resource for UnixSocketResource {
             }
             if credentials != 0 {
                 let v = b.bytes(&1i32.to_le_bytes());
-                b.call("setsockopt", libc::SYS_setsockopt, &[fd as u64, level, libc::SO_PASSCRED as u64, v, 4]);
+                b.call(
+                    "setsockopt",
+                    libc::SYS_setsockopt,
+                    &[fd as u64, level, libc::SO_PASSCRED as u64, v, 4],
+                );
             }
         })?;
         cx.add_file(record.owner, pid, fd);

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the engine needs to know of a live job, from what its init says.
+
+use ckpt_engine::model::{ExternalInfo, JobInfo};
+use ckpt_job::LiveJob;
+
+/// The engine's view of a job.
+pub fn of(job: &LiveJob) -> JobInfo {
+    let s = &job.status;
+    let r = &s.record;
+    JobInfo {
+        name: r.name.to_string(),
+        init: job.init_pid,
+        main_pid: if s.main_running { r.main_pid } else { 0 },
+        main_status: s.exit_status.map(ckpt_job::ExitStatus::to_wait_status),
+        argv: r.command.iter().map(|a| a.as_bytes().to_vec()).collect(),
+        external: r
+            .external
+            .iter()
+            .map(|e| ExternalInfo {
+                number: e.number,
+                dev: e.device,
+                ino: e.inode,
+                access: e.flags & libc::O_ACCMODE,
+            })
+            .collect(),
+        log: Some(r.log.clone()),
+        terminal: r.terminal.as_ref().map(|t| t.to_string_lossy().into_owned()),
+        hostname: Some(s.hostname.as_bytes().to_vec()),
+        domainname: Some(s.domainname.as_bytes().to_vec()),
+        sysv_objects: s.sysv_objects,
+    }
+}
