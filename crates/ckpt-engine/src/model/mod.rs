@@ -80,10 +80,7 @@ impl Job {
             let Some(p) = Process::observe(host, &inner)? else { continue };
             inner.insert(host, p.pid);
             job.groups.insert(p.host_pgid, p.pgid);
-            pending.extend(p.threads.iter().flat_map(|t| process::children(t.host.as_raw())));
-            if p.zombie.is_some() {
-                pending.extend(process::children(host));
-            }
+            pending.extend(process::children(host));
             job.processes.push(p);
         }
         if job.processes.is_empty() {

@@ -63,7 +63,7 @@ pub struct Process {
     pub descriptors: Vec<Descriptor>,
 }
 
-/// Children of one task, as ckpt sees them; none if it is gone.
+/// Children of all threads of a process, as ckpt sees them; none if it is gone.
 pub fn children(host: i32) -> Vec<i32> {
     let mut all = Vec::new();
     let Ok(dir) = std::fs::read_dir(format!("/proc/{host}/task")) else { return all };
