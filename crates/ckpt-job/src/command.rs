@@ -7,7 +7,7 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
@@ -46,7 +46,7 @@ pub fn start(context: &mut InitContext) -> Result<Started, StartError> {
     // The child waits for a byte before it becomes the command, and tells its errno if it cannot.
     let (go_read, go_write) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed(errno.into()))?;
     let (errno_read, errno_write) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed(errno.into()))?;
-    let errno_write = spawn::duplicate_above(errno_write.as_fd(), first_free(context)).map_err(failed)?;
+    let errno_write = out_of_the_way(context, errno_write.as_fd()).map_err(failed)?;
     let main_pid = spawn::fork_child(|| {
         let mut byte = [0];
         if !matches!(nix::unistd::read(&go_read, &mut byte), Ok(1)) {
@@ -98,9 +98,16 @@ fn c_string(text: &OsStr) -> Result<CString, StartError> {
     })
 }
 
-/// The lowest number that the command gets no fd under: what the child needs until it executes must lie above.
-fn first_free(context: &InitContext) -> i32 {
-    context.external.iter().map(|external| external.record.number + 1).max().unwrap_or(0).max(3)
+/// A copy under a number that the command gets no fd under: what the child needs until it executes.
+fn out_of_the_way(context: &InitContext, fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let mut at_least = 3;
+    loop {
+        let copy = spawn::duplicate_above(fd, at_least)?;
+        if !context.external.iter().any(|external| external.record.number == copy.as_raw_fd()) {
+            return Ok(copy);
+        }
+        at_least = copy.as_raw_fd() + 1;
+    }
 }
 
 /// Everything the child needs, allocated before the fork.
@@ -141,7 +148,7 @@ impl Plan {
                 (None, Some(log)) => log.as_fd(),
                 (None, None) => continue,
             };
-            let held = spawn::duplicate_above(stand_in, first_free(context))?;
+            let held = out_of_the_way(context, stand_in)?;
             fds.push((held.as_raw_fd(), standard));
             stand_ins.push(held);
         }

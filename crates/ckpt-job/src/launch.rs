@@ -121,7 +121,7 @@ pub fn launch(
     }
     let claim = Registry::open()?.claim(&spec.name)?;
     let externals = external::inherited().map_err(system("listing the inherited fds"))?;
-    let inherited = externals.iter().map(|record| record.number).collect();
+    let inherited: Vec<RawFd> = externals.iter().map(|record| record.number).collect();
     let externals = externals.into_iter().filter(|record| !is_replaced(&spec, record.number)).collect();
     let ignored_signals = spawn::ignored_signals();
     // From now on signals wait in the signalfd: those that end us must not leave a half-started job's terminal or entry.
@@ -132,6 +132,7 @@ pub fn launch(
     let init_spec = InitSpec {
         spec,
         externals,
+        inherited: inherited.clone(),
         closed: external::closed_standard(),
         ignored_signals: ignored_signals.clone(),
         blocked_signals,
@@ -338,20 +339,16 @@ fn try_become_init(
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(failed_errno("PR_SET_PDEATHSIG"))?;
     // A session of its own: the terminal of the launcher is none of init's business.
     nix::unistd::setsid().map_err(failed_errno("setsid"))?;
-    let highest = spec.externals.iter().map(|record| record.number).max().unwrap_or(0);
+    // All fds of the job are open here under their numbers, so that no copy can get one of these.
     let count = spec.externals.len() + parts.pass.len() + 4;
     let (soft, hard) = spec.open_files_limit;
-    // Both limits bound new numbers, not descriptors that are open already.
-    let base = HOLD_FDS_FROM.max(highest + 1).min(
-        RawFd::try_from(hard).unwrap_or(RawFd::MAX).saturating_sub(count as RawFd + 64).max(highest + 1),
-    );
-    let needed = base as u64 + count as u64 + 64;
+    let room = 2 * count as u64 + 64;
+    let base = (HOLD_FDS_FROM as u64).min(hard.saturating_sub(room)).max(3) as RawFd;
+    let needed = (base as u64 + room).min(hard);
     if soft < needed {
-        setrlimit(Resource::RLIMIT_NOFILE, needed.min(hard), hard).map_err(failed_errno("RLIMIT_NOFILE"))?;
+        setrlimit(Resource::RLIMIT_NOFILE, needed, hard).map_err(failed_errno("RLIMIT_NOFILE"))?;
     }
-    let hold = |fd: RawFd| {
-        spawn::duplicate_for_exec(fd, base).map_err(failed("keeping an fd above those of the job"))
-    };
+    let hold = |fd: RawFd| spawn::duplicate_for_exec(fd, base).map_err(failed("keeping an fd for the job"));
     let mut argv = vec![text(&format!("ckpt-init:{}", spec.spec.name)), text(INIT_ARGUMENT)];
     for fd in [
         parts.channel.as_raw_fd(),
@@ -368,11 +365,9 @@ fn try_become_init(
     };
     argv.push(list(spec.externals.iter().map(|record| record.number).collect())?);
     argv.push(list(parts.pass.iter().map(AsRawFd::as_raw_fd).collect())?);
-    for record in external::inherited().map_err(failed("listing fds"))? {
-        // The copies from `base` on are what shall pass.
-        if record.number < base {
-            spawn::set_close_on_exec(record.number, true).map_err(failed("close-on-exec"))?;
-        }
+    // Only the copies shall pass.
+    for number in &spec.inherited {
+        spawn::set_close_on_exec(*number, true).map_err(failed("close-on-exec"))?;
     }
     if spec.user_namespace {
         namespace::keep_capabilities_across_exec().map_err(failed("keeping capabilities"))?;

@@ -94,8 +94,8 @@ pub struct ExternalRecord {
 pub struct External {
     /// What it is.
     pub record: ExternalRecord,
-    /// Where init holds it until the job runs: close-on-exec, above every number that the job will use for an external
-    /// fd, and at least 512 if RLIMIT_NOFILE allows.
+    /// Where init holds it until the job runs: close-on-exec, under a number that no external fd of the job has, and from
+    /// 512 on if RLIMIT_NOFILE allows.
     pub fd: OwnedFd,
 }
 
@@ -104,6 +104,8 @@ pub struct External {
 pub(crate) struct InitSpec {
     pub spec: LaunchSpec,
     pub externals: Vec<ExternalRecord>,
+    /// All fds that the launcher was started with, also those that are replaced.
+    pub inherited: Vec<i32>,
     /// Standard fds that the launcher was started without.
     pub closed: Vec<i32>,
     pub ignored_signals: Vec<i32>,
