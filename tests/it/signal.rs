@@ -6,6 +6,8 @@ ckpt_tests::guest_tests! {
     pending => Guest::new("pending_signals"), needs [kinds::PENDING_SIGNAL];
     interval_timers => Guest::new("interval_timers").in_motion(), needs [kinds::TIMER];
     posix_timers => Guest::new("posix_timers").in_motion(), needs [kinds::TIMER];
-    stopped_and_reported => Guest::new("stopped").arg("reported"), needs [kinds::SIGNAL];
-    stopped_unreported => Guest::new("stopped").arg("unreported"), needs [kinds::SIGNAL];
+    signalfd => Guest::new("signalfd"), needs [kinds::SIGNALFD];
+    timerfd => Guest::new("timerfd").in_motion(), needs [kinds::TIMERFD];
+    stopped_and_reported => Guest::new("stopped").arg("reported"), needs [kinds::PROCESS];
+    stopped_unreported => Guest::new("stopped").arg("unreported"), needs [kinds::PROCESS];
 }
