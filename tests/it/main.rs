@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! End-to-end tests: one module per area, in it one entry per guest (see `guest_tests!`).
+#![forbid(unsafe_code)]
+
+mod process;
+mod signal;
+mod thread;
