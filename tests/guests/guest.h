@@ -16,6 +16,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -261,6 +262,23 @@ static inline void guest_field(const char *path, const char *name, char *out, si
 	at += strlen(key);
 	at += strspn(at, " \t");
 	snprintf(out, size, "%.*s", (int)strcspn(at, "\n"), at);
+}
+
+/* The threads of a process; returns how many. */
+static inline int guest_threads(pid_t pid, pid_t *tids, int most)
+{
+	char path[64];
+	int count = 0;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", pid);
+	DIR *dir = opendir(path);
+	if (!dir)
+		guest_fail("opendir(%s): %s", path, strerror(errno));
+	for (struct dirent *entry; (entry = readdir(dir));)
+		if (entry->d_name[0] != '.' && count < most)
+			tids[count++] = atoi(entry->d_name);
+	closedir(dir);
+	return count;
 }
 
 /* Memory shared by all processes of the guest, zeroed. */

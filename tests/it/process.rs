@@ -1,8 +1,26 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What belongs to a process: the tree, its names and argument areas, its attributes, limits, clocks.
+//! What belongs to a process: the tree, its names and argument areas, its attributes, limits.
 
 ckpt_tests::guest_tests! {
     process_tree => Guest::new("process_tree"), needs [kinds::PROCESS, kinds::SESSION];
     zombie => Guest::new("zombie"), needs [kinds::PROCESS];
+    names => Guest::new("process_names"), needs [kinds::PROCESS];
     limits => Guest::new("limits"), needs [kinds::LIMIT];
+    personality => Guest::new("attribute").arg("personality"), needs [kinds::PROCESS];
+    no_new_privs => Guest::new("attribute").arg("no_new_privs"), needs [kinds::PROCESS];
+    dumpable => Guest::new("attribute").arg("dumpable"), needs [kinds::PROCESS];
+    subreaper => Guest::new("attribute").arg("subreaper"), needs [kinds::PROCESS];
+    umask => Guest::new("attribute").arg("umask"), needs [kinds::CWD_ROOT];
+    cwd => Guest::new("attribute").arg("cwd"), needs [kinds::CWD_ROOT];
+    root => Guest::new("attribute").arg("root").only_root(), needs [kinds::CWD_ROOT];
+    shared_fs => Guest::new("attribute").arg("shared_fs"), needs [kinds::CWD_ROOT];
+    keepcaps => Guest::new("attribute").arg("keepcaps"), needs [kinds::CREDENTIAL];
+    securebits => Guest::new("attribute").arg("securebits").only_root(), needs [kinds::CREDENTIAL];
+    credentials => Guest::new("attribute").arg("credentials").only_root(), needs [kinds::CREDENTIAL];
+    capabilities => Guest::new("attribute").arg("capabilities").only_root(), needs [kinds::CREDENTIAL];
+    timer_slack => Guest::new("attribute").arg("timer_slack"), needs [kinds::SCHEDULER];
+    thp_disable => Guest::new("attribute").arg("thp_disable"), needs [kinds::PROCESS];
+    oom_score_adj => Guest::new("attribute").arg("oom_score_adj"), needs [kinds::PROCESS];
+    pdeathsig => Guest::new("attribute").arg("pdeathsig"), needs [kinds::PROCESS];
+    exit_signal => Guest::new("attribute").arg("exit_signal"), needs [kinds::PROCESS];
 }

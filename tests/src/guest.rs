@@ -27,6 +27,10 @@ pub struct Guest {
     pub tty: bool,
     /// Whether its state changes while it waits for go, so that two fingerprints differ by themselves.
     pub in_motion: bool,
+    /// Words in a dump's refusal that say this version of ckpt doesn't support what the guest is about.
+    pub may_be_refused: Option<&'static str>,
+    /// A command under which `ckpt run` is started, such as unshare.
+    pub run_under: Vec<String>,
 }
 
 impl Guest {
@@ -41,6 +45,8 @@ impl Guest {
             interceptor: true,
             tty: false,
             in_motion: false,
+            may_be_refused: None,
+            run_under: Vec::new(),
         }
     }
 
@@ -89,6 +95,18 @@ impl Guest {
     /// Its state changes while it waits (timers run, positions move): no comparison of fingerprints.
     pub fn in_motion(mut self) -> Guest {
         self.in_motion = true;
+        self
+    }
+
+    /// A dump may refuse it with a message that contains `words`: the test is skipped then, and says so.
+    pub fn may_be_refused(mut self, words: &'static str) -> Guest {
+        self.may_be_refused = Some(words);
+        self
+    }
+
+    /// Start `ckpt run`, and only that, under this command.
+    pub fn run_under(mut self, words: &[&str]) -> Guest {
+        self.run_under = words.iter().copied().map(String::from).collect();
         self
     }
 

@@ -52,6 +52,20 @@ impl<'a> Job<'a> {
         options: RunOptions,
         command: &[String],
     ) -> Outcome<Job<'a>> {
+        Job::run_under(&[], sandbox, name, options, command)
+    }
+
+    /// Like [`Job::run`], with `ckpt run` itself started under the command `prefix`.
+    ///
+    /// # Errors
+    /// ckpt is not built or refuses.
+    pub fn run_under(
+        prefix: &[String],
+        sandbox: &'a Sandbox,
+        name: &str,
+        options: RunOptions,
+        command: &[String],
+    ) -> Outcome<Job<'a>> {
         let ckpt = stage().ckpt()?.to_string_lossy().into_owned();
         let job = Job { sandbox, ckpt, name: name.to_owned(), seen: RefCell::default() };
         let store = sandbox.store.to_string_lossy().into_owned();
@@ -64,7 +78,11 @@ impl<'a> Job<'a> {
         }
         words.push("--");
         words.extend(command.iter().map(String::as_str));
-        job.succeed(&words, &[])?;
+        let line: Vec<String> = prefix.iter().cloned().chain(job.line(&words)).collect();
+        let started = sandbox.execute(&line, &[], COMMAND_DEADLINE)?;
+        if started.code != 0 {
+            return Err(Failure(started.report()));
+        }
         job.remember();
         Ok(job)
     }

@@ -205,11 +205,21 @@ pub fn with_ready_job(
 ) -> Outcome<()> {
     let command = guest.command(sandbox)?;
     let options = RunOptions { interceptor: guest.interceptor, tty: guest.tty };
-    let job = Job::run(sandbox, "guest", options, &command)?;
+    let job = Job::run_under(&guest.run_under, sandbox, "guest", options, &command)?;
     match Talk::with(sandbox).wait_ready()? {
-        Ok(nonce) => flow(&job, &nonce),
+        Ok(nonce) => match flow(&job, &nonce) {
+            Err(Failure(what)) if guest.may_be_refused.is_some_and(|words| is_refusal(&what, words)) => {
+                skipped(guest, sandbox, &format!("ckpt refuses it: {}", what.trim()))
+            }
+            result => result,
+        },
         Err(verdict) => judge(Some(verdict), guest, sandbox).map(|_| ()),
     }
+}
+
+/// Whether a failed dump says that it doesn't support what the guest is about.
+fn is_refusal(what: &str, words: &str) -> bool {
+    what.starts_with("$ ") && what.contains(" dump ") && what.to_lowercase().contains(words)
 }
 
 /// Dumps the running job, sees that it still waits for go, and kills all of it.

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! System calls that are blocked across the dump: each must end as if there had been none, in the job that goes on and in
+//! the restored one.
+
+macro_rules! blocked_in {
+    ($($call:ident $(.$option:ident($($argument:expr),*))*;)+) => {
+        $(mod $call {
+            use ckpt_tests::{guest::Guest, proof};
+            fn guest() -> Guest {
+                Guest::new("interrupted").arg(stringify!($call)) $(.$option($($argument),*))*
+            }
+            #[test]
+            fn control() { proof::control(&guest()) }
+            #[test]
+            fn goes_on() { proof::prove_goes_on(&guest()) }
+            #[test]
+            fn restored() { proof::prove(&guest()) }
+            #[test]
+            fn generations() { proof::prove_generations(&guest(), 3) }
+            #[test]
+            fn without_interceptor() { proof::prove(&guest().without_interceptor()) }
+        })+
+    };
+}
+
+blocked_in! {
+    nanosleep;
+    nanosleep_out;
+    clock_nanosleep;
+    clock_nanosleep_abs;
+    poll;
+    poll_forever;
+    poll_out;
+    ppoll;
+    select;
+    pselect;
+    epoll_wait;
+    epoll_pwait;
+    epoll_pwait2;
+    futex;
+    futex_timeout;
+    futex_until;
+    read_pipe;
+    read_eventfd;
+    recv;
+    recv_timeout;
+    semop.may_be_refused("sem");
+    semtimedop.may_be_refused("sem");
+    sigtimedwait;
+    sigwaitinfo;
+    sigsuspend;
+    pause;
+    wait4;
+    waitid;
+    flock;
+    setlkw;
+    ofd_setlkw;
+    write_pipe;
+    write_socket;
+    open_fifo;
+}
