@@ -13,7 +13,7 @@ ckpt_tests::guest_tests! {
     clocks => Guest::new("clocks");
     /// Dumped on a host whose clocks are far ahead of those of the host that restores.
     from_longer_uptime => Guest::new("clocks").only_root().run_under(&[
-        "unshare", "--time", "--fork", "--monotonic", "1000000", "--boottime", "2000000", "--",
+        "unshare", "--time", "--fork", "--kill-child", "--monotonic", "1000000", "--boottime", "2000000", "--",
     ]), needs [kinds::CLOCK];
 }
 

@@ -146,3 +146,41 @@ impl Fingerprint {
         text
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        io::{BufRead, BufReader, Write},
+        process::{Command, Stdio},
+    };
+
+    /// A child of a child that opens a descriptor on demand shows up with that descriptor and nothing else.
+    #[test]
+    fn shows_what_was_left_behind() {
+        let mut shell = Command::new("sh")
+            .args(["-c", "sh -c 'echo up; read x; exec 7</dev/null; echo open; read x'; true"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a shell");
+        let mut to = shell.stdin.take().expect("a pipe");
+        let mut from = BufReader::new(shell.stdout.take().expect("a pipe"));
+        let mut hear = |word: &str| {
+            let mut line = String::new();
+            from.read_line(&mut line).expect("a line");
+            assert_eq!(line.trim(), word);
+        };
+        hear("up");
+        let init = HostProcess::find(shell.id() as i32).expect("the shell");
+        let before = Fingerprint::take(init);
+        assert_eq!(before.diff(&Fingerprint::take(init)), "");
+        to.write_all(b"\n").expect("the shell reads");
+        hear("open");
+        let diff = before.diff(&Fingerprint::take(init));
+        assert!(diff.contains("+ 7 -> /dev/null"), "{diff}");
+        assert_eq!(diff.lines().count(), 2, "{diff}");
+        drop(to);
+        shell.wait().expect("the shell ends");
+    }
+}

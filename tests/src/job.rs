@@ -231,3 +231,20 @@ impl Drop for Job<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::init_pid_of;
+
+    #[test]
+    fn finds_the_job_by_name_and_nothing_else() {
+        let listed = serde_json::json!({"jobs": [
+            {"name": "other", "init_pid": 4},
+            {"name": "mine", "command": {"name": "x", "pid": 9}, "init_pid": 5},
+        ]});
+        assert_eq!(init_pid_of(&listed, "mine"), Some(5));
+        assert_eq!(init_pid_of(&listed, "other"), Some(4));
+        assert_eq!(init_pid_of(&listed, "absent"), None);
+        assert_eq!(init_pid_of(&serde_json::json!([]), "mine"), None);
+    }
+}
