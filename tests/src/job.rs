@@ -206,18 +206,24 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Looks for the object that describes the job `name`, wherever it lies.
+/// The pid of the job `name` in what `ckpt ps --json` printed: of the object that has both, the name perhaps deeper.
 fn init_pid_of(value: &serde_json::Value, name: &str) -> Option<i64> {
-    match value {
-        serde_json::Value::Array(items) => items.iter().find_map(|item| init_pid_of(item, name)),
-        serde_json::Value::Object(fields) => {
-            let is_it = fields.get("name").and_then(|value| value.as_str()) == Some(name);
-            let pid = || ["init_pid", "init", "pid"].iter().find_map(|key| fields.get(*key)?.as_i64());
-            if is_it && let Some(pid) = pid() {
-                return Some(pid);
+    use serde_json::Value;
+    fn bears(value: &Value, name: &str) -> bool {
+        match value {
+            Value::Object(fields) => {
+                fields.get("name").and_then(Value::as_str) == Some(name)
+                    || fields.values().filter(|value| value.is_object()).any(|value| bears(value, name))
             }
-            fields.values().find_map(|value| init_pid_of(value, name))
+            _ => false,
         }
+    }
+    match value {
+        Value::Array(items) => items.iter().find_map(|item| init_pid_of(item, name)),
+        Value::Object(fields) => match fields.get("init_pid").and_then(Value::as_i64) {
+            Some(pid) => bears(value, name).then_some(pid),
+            None => fields.values().find_map(|value| init_pid_of(value, name)),
+        },
         _ => None,
     }
 }
@@ -240,7 +246,7 @@ mod tests {
     fn finds_the_job_by_name_and_nothing_else() {
         let listed = serde_json::json!({"jobs": [
             {"name": "other", "init_pid": 4},
-            {"name": "mine", "command": {"name": "x", "pid": 9}, "init_pid": 5},
+            {"status": {"record": {"name": "mine", "pid": 9}}, "init_pid": 5},
         ]});
         assert_eq!(init_pid_of(&listed, "mine"), Some(5));
         assert_eq!(init_pid_of(&listed, "other"), Some(4));

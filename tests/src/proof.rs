@@ -217,9 +217,12 @@ pub fn with_ready_job(
     }
 }
 
-/// Whether a failed dump says that it doesn't support what the guest is about.
+/// Whether a failed dump says that it doesn't support what the guest is about (status 114 is ckpt's for a refusal).
 fn is_refusal(what: &str, words: &str) -> bool {
-    what.starts_with("$ ") && what.contains(" dump ") && what.to_lowercase().contains(words)
+    what.starts_with("$ ")
+        && what.contains(" dump ")
+        && what.contains("[status 114]")
+        && what.to_lowercase().contains(words)
 }
 
 /// Dumps the running job, sees that it still waits for go, and kills all of it.
