@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+/*
+ * What ckpt does not support, several kinds at once in two processes: a dump must name them all and harm nothing.
+ * The file "held" in the work directory has a line "pid fd kind" for each, with the pids of the guest's own namespace.
+ */
+#include "mem_pattern.h"
+
+#include <netinet/in.h>
+#include <sys/inotify.h>
+#include <sys/shm.h>
+#include <sys/socket.h>
+
+static void held(char *text, size_t size, int fd, const char *kind)
+{
+	size_t at = strlen(text);
+
+	snprintf(text + at, size - at, "%d %d %s\n", (int)getpid(), fd, kind);
+}
+
+int main(int argc, char **argv)
+{
+	struct sockaddr_in address = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	struct sockaddr_in bound;
+	socklen_t size = sizeof(bound);
+	int listening, inotify, io_uring, segment, to_parent[2];
+	char *text = guest_shared(4096), *shared, params[120] = { 0 };
+	pid_t child;
+
+	pattern_begin(argc, argv);
+	listening = MUST(socket(AF_INET, SOCK_STREAM, 0));
+	MUST(bind(listening, (void *)&address, sizeof(address)));
+	MUST(listen(listening, 5));
+	held(text, 4096, listening, "tcp");
+	MUST(pipe(to_parent));
+	child = MUST(fork());
+	if (child == 0) {
+		char byte;
+
+		inotify = MUST(inotify_init1(IN_NONBLOCK));
+		MUST(inotify_add_watch(inotify, guest.workdir, IN_CREATE));
+		held(text, 4096, inotify, "inotify");
+		/* Not everywhere: seccomp or kernel.io_uring_disabled may forbid it. */
+		io_uring = (int)syscall(SYS_io_uring_setup, 4, params);
+		if (io_uring >= 0)
+			held(text, 4096, io_uring, "io_uring");
+		MUST(write(to_parent[1], "r", 1));
+		guest_wait_go();
+		while (read(inotify, params, sizeof(params)) == -1)
+			EXPECT_EQ("errno", EAGAIN, errno);
+		(void)byte;
+		_exit(0);
+	}
+	MUST(read(to_parent[0], params, 1));
+	segment = MUST(shmget(IPC_PRIVATE, PAGE_BYTES, IPC_CREAT | 0600));
+	shared = MUST(shmat(segment, NULL, 0));
+	MUST(shmctl(segment, IPC_RMID, NULL));
+	pattern_fill(shared, PAGE_BYTES, guest_seed);
+	held(text, 4096, -1, "SYSV");
+	guest_publish("held", text);
+
+	guest_ready();
+	guest_wait_go();
+
+	CHECK_PATTERN("System V segment", shared, PAGE_BYTES, guest_seed);
+	MUST(getsockname(listening, (void *)&bound, &size));
+	int client = MUST(socket(AF_INET, SOCK_STREAM, 0));
+
+	MUST(connect(client, (void *)&bound, sizeof(bound)));
+	guest_join(child);
+	guest_ok();
+}

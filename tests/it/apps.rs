@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Real programs (`apps/`), each doing real work across dump, SIGKILL of the whole job and restore, at moments chosen at
+//! random among its steps, and through three generations. CKPT_APP_MOMENTS sets the number of moments (3; 20 for a full
+//! run).
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use ckpt_tests::{
+    Failure, Outcome,
+    job::{Job, RunOptions},
+    process::{HostProcess, Running, poll_until},
+    proof::each_user,
+    sandbox::Sandbox,
+    stage::stage,
+    user::Users,
+};
+
+use crate::seed::{Random, count_from};
+
+/// How long a program may take for a step, and for all of its work.
+const APP_DEADLINE: Duration = Duration::from_secs(120);
+
+/// A program of `apps/` and what its steps are.
+struct App {
+    label: &'static str,
+    /// The command, the work directory excepted, which is its last argument.
+    command: fn(&Sandbox) -> Outcome<Vec<String>>,
+    /// The number of lines "step …" in its log.
+    steps: u64,
+    /// Whether it deletes files soon after it wrote them, so that a job that ran on after the dump leaves a state of the
+    /// file system that the checkpoint does not fit: then the dump itself ends the job.
+    stops_at_dump: bool,
+}
+
+fn script(sandbox: &Sandbox, name: &str) -> Outcome<String> {
+    let target = sandbox.root.join(name);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("apps").join(name);
+    fs::copy(&source, &target).map_err(|error| Failure(format!("{}: {error}", source.display())))?;
+    Ok(target.to_string_lossy().into_owned())
+}
+
+fn log(sandbox: &Sandbox) -> String {
+    fs::read_to_string(sandbox.work.join("log")).unwrap_or_default()
+}
+
+fn result(sandbox: &Sandbox) -> Option<String> {
+    fs::read_to_string(sandbox.work.join("result")).ok()
+}
+
+/// Waits until the program has made `steps` steps and gives its nonce. Fails if it has finished already.
+fn wait_steps(sandbox: &Sandbox, steps: u64) -> Outcome<String> {
+    let text = poll_until(APP_DEADLINE, || {
+        let text = log(sandbox);
+        let made = text.lines().filter(|line| line.starts_with("step ")).count() as u64;
+        (text.starts_with("begin ") && made >= steps).then_some(text)
+    })
+    .ok_or_else(|| Failure(format!("the program has not made {steps} steps within {APP_DEADLINE:?}")))?;
+    Ok(text.lines().next().unwrap_or("").trim_start_matches("begin ").to_owned())
+}
+
+/// The program ends with its own nonce, and its log tells one whole life: every step, and each exactly once.
+fn expect_finished(sandbox: &Sandbox, nonce: &str, steps: u64) -> Outcome<()> {
+    let verdict = poll_until(APP_DEADLINE, || result(sandbox))
+        .ok_or_else(|| Failure(format!("the program did not finish within {APP_DEADLINE:?}")))?;
+    if verdict.trim() != format!("OK {nonce}") {
+        return Err(Failure(format!("expected \"OK {nonce}\", got {verdict:?}")));
+    }
+    let text = log(sandbox);
+    let lines: Vec<&str> = text.lines().collect();
+    let distinct: std::collections::HashSet<&&str> = lines.iter().collect();
+    let made = lines.iter().filter(|line| line.starts_with("step ")).count() as u64;
+    let is_one_life =
+        lines.iter().all(|line| line.ends_with(nonce)) && distinct.len() == lines.len() && made == steps;
+    if is_one_life {
+        Ok(())
+    } else {
+        Err(Failure(format!("the log is not that of one life with {steps} steps:\n{text}")))
+    }
+}
+
+fn dump_kill_restore(app: &App, sandbox: &Sandbox, job: &Job<'_>) -> Outcome<()> {
+    if app.stops_at_dump {
+        job.dump(&["--stop"])?;
+    } else {
+        job.dump(&[])?;
+        let processes = job.processes();
+        // 112: the job went on after the dump, and came to its end.
+        let killed = job.ckpt(&["kill", &job.name, "KILL"], &[])?;
+        if killed.code != 0 && killed.code != 112 {
+            return Err(Failure(killed.report()));
+        }
+        poll_until(APP_DEADLINE, || (!processes.iter().any(|process| process.is_alive())).then_some(()))
+            .ok_or_else(|| Failure::new("the killed job does not go"))?;
+    }
+    // That end is not the one that counts.
+    let _ = fs::remove_file(sandbox.work.join("result"));
+    job.restore(None, &[]).map(|_| ())
+}
+
+/// The program without ckpt: it must pass, else it is the program that is wrong.
+fn control(app: &App) {
+    each_user(&format!("app-{}-control", app.label), Users::Both, |sandbox| {
+        let mut command = (app.command)(sandbox)?;
+        command.push(sandbox.work.to_string_lossy().into_owned());
+        let running = sandbox.start(&command, &[])?;
+        let nonce = wait_steps(sandbox, 1)?;
+        expect_finished(sandbox, &nonce, app.steps)?;
+        let finished = running.finish(APP_DEADLINE)?;
+        if finished.code == 0 { Ok(()) } else { Err(Failure(finished.report())) }
+    });
+}
+
+/// One life of the program, dumped, killed and restored when it has made each of the numbers of steps.
+fn live(app: &App, sandbox: &Sandbox, dumps_after: &[u64]) -> Outcome<()> {
+    for entry in fs::read_dir(&sandbox.work).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    }
+    let mut command = (app.command)(sandbox)?;
+    command.push(sandbox.work.to_string_lossy().into_owned());
+    let job = Job::run(sandbox, app.label, RunOptions::default(), &command)?;
+    let mut nonce = String::new();
+    for steps in dumps_after {
+        nonce = wait_steps(sandbox, *steps)?;
+        if result(sandbox).is_some() {
+            sandbox.record(&format!("(the program was done before the dump after {steps} steps)"));
+            break;
+        }
+        dump_kill_restore(app, sandbox, &job)?;
+        // What a killed job wrote in its last moment must not count for the restored one.
+        let now = log(sandbox);
+        if !now.starts_with(&format!("begin {nonce}")) {
+            return Err(Failure(format!("the log is another one after the restore:\n{now}")));
+        }
+    }
+    expect_finished(sandbox, &nonce, app.steps)
+}
+
+fn random_moments(app: &App) {
+    each_user(&format!("app-{}", app.label), Users::Both, |sandbox| {
+        let mut random = Random::announced(&format!("app-{} as {}", app.label, sandbox.user.name()));
+        for _ in 0..count_from("CKPT_APP_MOMENTS", 3) {
+            // Never after the last step: the program would be about to end.
+            let steps = random.below(app.steps * 3 / 4);
+            sandbox.record(&format!("(dump after {steps} steps)"));
+            live(app, sandbox, &[steps])?;
+        }
+        Ok(())
+    });
+}
+
+fn three_generations(app: &App) {
+    each_user(&format!("app-{}-generations", app.label), Users::Both, |sandbox| {
+        live(app, sandbox, &[app.steps / 8, app.steps / 4, app.steps / 2])
+    });
+}
+
+macro_rules! app_tests {
+    ($($name:ident => $app:expr;)+) => {
+        $(mod $name {
+            use super::*;
+            #[test]
+            fn control() { super::control(&$app) }
+            #[test]
+            fn random_moments() { super::random_moments(&$app) }
+            #[test]
+            fn three_generations() { super::three_generations(&$app) }
+        })+
+    };
+}
+
+app_tests! {
+    python_pool => App {
+        label: "python-pool",
+        command: |sandbox| Ok(vec!["/usr/bin/python3".to_owned(), script(sandbox, "pool.py")?]),
+        steps: 40,
+        stops_at_dump: false,
+    };
+    bash_pipelines => App {
+        label: "bash-pipelines",
+        command: |sandbox| Ok(vec!["/bin/bash".to_owned(), script(sandbox, "pipelines.sh")?]),
+        steps: 20,
+        // Its background jobs write files afresh, which the job that ran on has truncated and filled again.
+        stops_at_dump: true,
+    };
+    make_gcc => App {
+        label: "make-gcc",
+        command: |sandbox| Ok(vec!["/bin/bash".to_owned(), script(sandbox, "build.sh")?]),
+        steps: 21,
+        stops_at_dump: true,
+    };
+    static_primes => App {
+        label: "static-primes",
+        command: |sandbox| {
+            let source = script(sandbox, "primes.c")?;
+            let program = sandbox.root.join("primes");
+            if !program.exists() {
+                // Not as the sandbox's user: it does not own the directory of the executables.
+                let made = std::process::Command::new("gcc")
+                    .args(["-static", "-O1", "-o"])
+                    .args([program.as_os_str(), source.as_ref()])
+                    .output()
+                    .map_err(|error| Failure(format!("gcc: {error}")))?;
+                if !made.status.success() {
+                    return Err(Failure(String::from_utf8_lossy(&made.stderr).into_owned()));
+                }
+            }
+            Ok(vec![program.to_string_lossy().into_owned()])
+        },
+        steps: 20,
+        stops_at_dump: false,
+    };
+}
+
+/// A person at a terminal: `script` gives the command a pty, the test types through a FIFO and reads the typescript.
+struct Person {
+    screen: PathBuf,
+    keyboard: fs::File,
+    // Held so that it ends with the person.
+    _terminal: Running,
+}
+
+impl Person {
+    fn sits_down(sandbox: &Sandbox, label: &str, command: &[String]) -> Outcome<Person> {
+        let (screen, keys) =
+            (sandbox.work.join(format!("{label}.screen")), sandbox.work.join(format!("{label}.keys")));
+        let failure = |error: &dyn std::fmt::Display| Failure(format!("{}: {error}", keys.display()));
+        let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+        nix::unistd::mkfifo(&keys, mode).map_err(|error| failure(&error))?;
+        sandbox.user.give(&keys)?;
+        let keyboard =
+            fs::File::options().read(true).write(true).open(&keys).map_err(|error| failure(&error))?;
+        let line =
+            format!("script -qfc '{}' '{}' < '{}'", command.join(" "), screen.display(), keys.display());
+        let terminal = sandbox.start(&["sh".to_owned(), "-c".to_owned(), format!("exec {line}")], &[])?;
+        Ok(Person { screen, keyboard, _terminal: terminal })
+    }
+
+    fn types(&mut self, line: &str) -> Outcome<()> {
+        self.keyboard
+            .write_all(format!("{line}\n").as_bytes())
+            .map_err(|error| Failure(format!("typing: {error}")))
+    }
+
+    /// Waits for text between `open` and `close` made of digits only, as the echo of the typed command is not.
+    fn reads_digits(&self, open: &str, close: &str) -> Outcome<String> {
+        let mut seen = String::new();
+        poll_until(Duration::from_secs(30), || {
+            seen = String::from_utf8_lossy(&fs::read(&self.screen).unwrap_or_default()).into_owned();
+            seen.split(open).skip(1).filter_map(|rest| rest.split(close).next()).find_map(|word| {
+                let is_number = !word.is_empty() && word.chars().all(|c| c.is_ascii_digit());
+                is_number.then(|| word.to_owned())
+            })
+        })
+        .ok_or_else(|| Failure(format!("the screen never shows {open}digits{close}:\n{seen}")))
+    }
+}
+
+/// The person and a shell without ckpt.
+#[test]
+fn interactive_shell_control() {
+    each_user("app-shell-control", Users::Both, |sandbox| {
+        let shell = ["bash", "--norc", "--noprofile", "-i"].map(String::from);
+        let mut person = Person::sits_down(sandbox, "control", &shell)?;
+        person.types("n=$RANDOM$RANDOM; echo \"<$n>\"")?;
+        let number = person.reads_digits("<", ">")?;
+        person.types("echo \"[$n]\"")?;
+        let again = person.reads_digits("[", "]")?;
+        person.types("sleep 600")?;
+        person.types("\u{3}")?;
+        person.types("echo \"($((n + 0)))\"; exit 0")?;
+        person.reads_digits("(", ")")?;
+        if again == number { Ok(()) } else { Err(Failure(format!("expected {number}, got {again}"))) }
+    });
+}
+
+/// An interactive shell in a pty: its variables, its background job and its line editing are there after the restore.
+#[test]
+fn interactive_shell() {
+    each_user("app-shell", Users::Both, |sandbox| {
+        let ckpt = stage().ckpt()?.to_string_lossy().into_owned();
+        let store = sandbox.store.to_string_lossy().into_owned();
+        // The harness makes jobs detached; another one is the handle by which it drives the shell.
+        let handle =
+            Job::run(sandbox, "handle", RunOptions::default(), &["sleep".to_owned(), "600".to_owned()])?;
+        let run = [
+            &ckpt,
+            "run",
+            "--tty",
+            "--name",
+            "shell",
+            "--store",
+            &store,
+            "--",
+            "bash",
+            "--norc",
+            "--noprofile",
+            "-i",
+        ];
+        let mut person = Person::sits_down(sandbox, "first", &run.map(String::from))?;
+        person.types("n=$RANDOM$RANDOM; echo \"<$n>\"")?;
+        let number = person.reads_digits("<", ">")?;
+        person.types("sleep 600 & echo \"{$!}\"")?;
+        let sleeper = person.reads_digits("{", "}")?;
+        let shell = handle.adopt("shell");
+        for generation in 1..=3 {
+            shell.dump(&[])?;
+            shell.kill()?;
+            drop(person);
+            let restore = [ckpt.clone(), "restore".to_owned(), "shell".to_owned()];
+            person = Person::sits_down(sandbox, &format!("restored-{generation}"), &restore)?;
+            person.types(&format!("echo \"[$n]\"; g{generation}=yes"))?;
+            let got = person.reads_digits("[", "]")?;
+            if got != number {
+                return Err(Failure(format!(
+                    "generation {generation}: the variable was {number} and is {got}"
+                )));
+            }
+            person.types("echo \"{$(jobs -p)}\"")?;
+            let job_of_shell = person.reads_digits("{", "}")?;
+            if job_of_shell != sleeper {
+                return Err(Failure(format!("the background job was {sleeper} and is {job_of_shell}")));
+            }
+        }
+        // Ctrl-C interrupts the foreground job and not the shell.
+        person.types("sleep 600")?;
+        let names = || -> Vec<String> {
+            shell.processes().iter().filter_map(comm_of).filter(|name| name == "sleep").collect()
+        };
+        poll_until(Duration::from_secs(10), || (names().len() == 2).then_some(()))
+            .ok_or_else(|| Failure::new("the shell starts no second sleep"))?;
+        person.types("\u{3}")?;
+        person.types("echo \"($((n + 0)))\"")?;
+        let sum = person.reads_digits("(", ")")?;
+        person.types("kill %1; exit 0")?;
+        if sum == number { Ok(()) } else { Err(Failure(format!("expected {number}, got {sum}"))) }
+    });
+}
+
+fn comm_of(process: &HostProcess) -> Option<String> {
+    fs::read_to_string(format!("/proc/{}/comm", process.pid)).ok().map(|name| name.trim().to_owned())
+}
