@@ -30,7 +30,7 @@ int main(int argc, char **argv)
 	listening = MUST(socket(AF_INET, SOCK_STREAM, 0));
 	MUST(bind(listening, (void *)&address, sizeof(address)));
 	MUST(listen(listening, 5));
-	held(text, 4096, listening, "tcp");
+	held(text, 4096, listening, "socket");
 	MUST(pipe(to_parent));
 	child = MUST(fork());
 	if (child == 0) {

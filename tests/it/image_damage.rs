@@ -92,7 +92,7 @@ fn len(path: &Path) -> u64 {
 /// A checkpoint of `guest` in a directory of its own, while the job goes on.
 fn with_image(label: &str, users: Users, flow: impl Fn(&Sandbox, &Job<'_>, &Path, &str) -> Outcome<()>) {
     each_user(label, users, |sandbox| {
-        with_ready_job(&Guest::new("pipe_data"), sandbox, |job, nonce| {
+        with_ready_job(&Guest::new("mem_brk"), sandbox, |job, nonce| {
             let image = sandbox.root.join("image");
             let dir = format!("{}/", image.display());
             job.dump(&["--dir", &dir])?;
@@ -214,7 +214,7 @@ fn too_new() {
 #[test]
 fn files_of_two_checkpoints_mixed() {
     each_user("damage-mixed", Users::OnlyPlain, |sandbox| {
-        with_ready_job(&Guest::new("pipe_data"), sandbox, |job, _| {
+        with_ready_job(&Guest::new("mem_brk"), sandbox, |job, _| {
             let [first, second] = ["one", "two"].map(|name| sandbox.root.join(name));
             for image in [&first, &second] {
                 job.dump(&["--dir", &format!("{}/", image.display())])?;

@@ -4,5 +4,6 @@
 ckpt_tests::guest_tests! {
     data => Guest::new("pipe_data"), needs [kinds::PIPE];
     ends => Guest::new("pipe_ends"), needs [kinds::PIPE];
+    blocked_write => Guest::new("pipe_blocked_write");
     fifo => Guest::new("fifo"), needs [kinds::FIFO];
 }
