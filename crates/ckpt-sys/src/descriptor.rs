@@ -148,3 +148,14 @@ pub fn next_data(file: &std::fs::File, offset: u64) -> Result<Option<u64>> {
 pub fn next_hole(file: &std::fs::File, offset: u64) -> Result<u64> {
     nix::unistd::lseek(file, offset as i64, nix::unistd::Whence::SeekHole).map(|n| n as u64)
 }
+
+/// timerfd_gettime(2): interval and time left. Restarts a periodic timer that has expired unread.
+///
+/// # Errors
+/// EINVAL if it is no timerfd.
+pub fn timerfd_gettime(fd: BorrowedFd<'_>) -> Result<[i64; 4]> {
+    let mut spec = [0i64; 4];
+    // SAFETY: the call writes a `struct itimerspec`, 32 bytes.
+    Errno::result(unsafe { libc::syscall(libc::SYS_timerfd_gettime, fd.as_raw_fd(), spec.as_mut_ptr()) })?;
+    Ok(spec)
+}

@@ -74,13 +74,14 @@ pub struct Padding {
 }
 
 impl Padding {
-    /// Finds it, given the bounds of the vDSO.
+    /// Finds it in this process's own vDSO, which nobody has written to, for one of the same length at `vdso`: code
+    /// that a dumper left behind when it was killed is no part of the vDSO.
     ///
     /// # Errors
     /// EFAULT if the vDSO can't be read.
-    pub fn find(pid: Pid, vdso: std::ops::Range<u64>) -> Result<Padding, Errno> {
-        let mut bytes = vec![0u8; (vdso.end - vdso.start) as usize];
-        memory::read(pid, vdso.start, &mut bytes)?;
+    pub fn find(own: std::ops::Range<u64>, vdso: std::ops::Range<u64>) -> Result<Padding, Errno> {
+        let mut bytes = vec![0u8; (own.end - own.start) as usize];
+        memory::read(Pid::this(), own.start, &mut bytes)?;
         let used = bytes.iter().rposition(|&b| b != 0).map_or(0, |n| n + 1);
         // A distance of 16 bytes from the last used one, aligned for the data words.
         let start = (vdso.start + used as u64 + 16).next_multiple_of(16);

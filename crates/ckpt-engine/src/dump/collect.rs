@@ -35,13 +35,9 @@ pub fn collect(frozen: &FrozenJob, warnings: &mut Vec<String>) -> Result<Collect
             continue;
         }
         let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
-        let vdso = p.vdso().map(|v| v.start..v.end).ok_or_else(|| DumpError::Process {
-            pid: p.pid,
-            what: "finding its vDSO".into(),
-            source: std::io::Error::other("it has been unmapped; such a process can't be dumped"),
-        })?;
-        let padding = Padding::find(p.host, vdso).map_err(DumpError::errno(p.pid, "reading its vDSO"))?;
+        let padding = padding_of(p)?;
         for t in &p.threads {
+            let _beside = ckpt_sys::task::Beside::task(t.host);
             let mut live = open(p, t, &memory, padding)?;
             if t.tid == p.pid {
                 step(Some(&mut live), At::Process(p), None, &mut out, warnings)?;
@@ -64,6 +60,15 @@ fn collect_all(
         r.collect(cx, at)?;
     }
     Ok(())
+}
+
+/// Where code may be written in a process.
+fn padding_of(p: &Process) -> Result<Padding, DumpError> {
+    p.padding().ok_or_else(|| DumpError::Process {
+        pid: p.pid,
+        what: "finding its vDSO".into(),
+        source: std::io::Error::other("it has been unmapped or is of another kernel; such a process can't be dumped"),
+    })
 }
 
 fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {

@@ -21,9 +21,23 @@ pub struct Discovered {
 /// # Errors
 /// [`DumpError::Refused`] with everything that stands in the way.
 pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
-    let mut refusals = Refusals::default();
-    let mut job = Job::observe(info, &mut refusals)?;
-    examine(&mut job, refusals)?;
+    // Processes come and go while they are looked at: only what is refused, or fails, twice in a row counts.
+    let mut before = None;
+    let job = loop {
+        let mut refusals = Refusals::default();
+        let found = Job::observe(info, &mut refusals).and_then(|mut job| examine(&mut job, refusals).map(|()| job));
+        match found {
+            Ok(job) => break job,
+            Err(DumpError::JobEnded) => return Err(DumpError::JobEnded),
+            Err(error) => {
+                let text = error.to_string();
+                if before.as_ref() == Some(&text) {
+                    return Err(error);
+                }
+                before = Some(text);
+            }
+        }
+    };
     let memory_bytes = job.live().flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum();
     Ok(Discovered { job, memory_bytes })
 }

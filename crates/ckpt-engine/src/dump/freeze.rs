@@ -5,9 +5,10 @@
 
 use super::discover;
 use crate::error::{DumpError, Refusals};
-use crate::model::process::{Frozen, children};
+use crate::model::process::{Frozen, Task, children};
 use crate::model::{Job, JobInfo};
 use ckpt_sys::arch;
+use ckpt_sys::inject::Padding;
 use ckpt_sys::ptrace::{self, Stop};
 use ckpt_sys::{Errno, Pid, libc};
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +27,8 @@ pub struct FrozenJob {
 
 #[derive(Debug, Default)]
 struct Tasks {
-    stopped: BTreeMap<Pid, ()>,
+    /// With the signal of a group stop, SIGTRAP otherwise.
+    stopped: BTreeMap<Pid, i32>,
     running: BTreeMap<Pid, Instant>,
 }
 
@@ -122,10 +124,10 @@ impl Tasks {
         for tid in running {
             match ptrace::try_wait(tid) {
                 Ok(None) => {}
-                Ok(Some((_, Stop::Event { .. }))) => {
+                Ok(Some((_, Stop::Event { signal }))) => {
                     reissue_interrupted_call(tid)?;
                     self.running.remove(&tid);
-                    self.stopped.insert(tid, ());
+                    self.stopped.insert(tid, signal);
                 }
                 // A signal that was on its way: let it be delivered, the interrupt is still pending.
                 Ok(Some((_, Stop::Signal(s)))) => self.go_on(tid, s)?,
@@ -169,6 +171,30 @@ impl Tasks {
                 if same == Ok(std::cmp::Ordering::Equal) && self.stopped.remove(&child).is_some() {
                     self.running.insert(child, Instant::now());
                     self.go_on(child, 0)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A task may still be finishing the code of a dumper that was killed: it must be through before that is overwritten.
+    fn leave(&mut self, threads: &[Task], padding: Padding, pid: i32) -> Result<(), DumpError> {
+        let until = Instant::now() + STOP_LIMIT;
+        for t in threads {
+            loop {
+                let r = ptrace::registers(t.host).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
+                if !(padding.start..padding.end).contains(&r.rip) {
+                    break;
+                }
+                if Instant::now() > until {
+                    return Err(not_stopped(t.host));
+                }
+                self.stopped.remove(&t.host);
+                self.running.insert(t.host, Instant::now());
+                self.go_on(t.host, 0)?;
+                ptrace::interrupt(t.host).map_err(DumpError::errno(pid, "PTRACE_INTERRUPT"))?;
+                while self.running.contains_key(&t.host) {
+                    self.reap_stops()?;
                 }
             }
         }
@@ -240,6 +266,10 @@ pub fn freeze(info: &JobInfo) -> Result<FrozenJob, DumpError> {
     let mut refusals = Refusals::default();
     let mut job = Job::observe(info, &mut refusals)?;
     for p in job.processes.iter_mut().filter(|p| p.zombie.is_none()) {
+        p.stopped = tasks.stopped.get(&p.host).is_some_and(|s| *s != libc::SIGTRAP);
+        if let Some(padding) = p.padding() {
+            tasks.leave(&p.threads, padding, p.pid)?;
+        }
         for t in &mut p.threads {
             t.frozen = Some(look(t.host, p.pid)?);
         }

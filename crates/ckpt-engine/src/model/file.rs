@@ -163,7 +163,12 @@ pub fn info_value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
 /// What reading gives.
 pub fn descriptors(host: Pid) -> Result<Vec<(i32, Seen)>, DumpError> {
     let dir = format!("/proc/{host}/fd");
-    let list = std::fs::read_dir(&dir).map_err(DumpError::process(host.as_raw(), "listing descriptors"))?;
+    let list = match std::fs::read_dir(&dir) {
+        Ok(list) => list,
+        // It has ended since it was seen.
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(DumpError::process(host.as_raw(), "listing descriptors")(e)),
+    };
     let mut out = Vec::new();
     for e in list.flatten() {
         let Some(number) = e.file_name().to_str().and_then(|s| s.parse::<i32>().ok()) else { continue };

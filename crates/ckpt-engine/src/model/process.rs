@@ -6,6 +6,7 @@ use super::memory::{self, Vma};
 use crate::error::DumpError;
 use ckpt_sys::Pid;
 use ckpt_sys::arch::Registers;
+use ckpt_sys::inject::Padding;
 use procfs::process::{Stat, Status};
 use std::collections::HashMap;
 use std::io::ErrorKind;
@@ -49,7 +50,7 @@ pub struct Process {
     pub sid: i32,
     /// Wait status of a zombie.
     pub zombie: Option<i32>,
-    /// Stopped by a job control signal.
+    /// Stopped by job control; known only when frozen, as the state that /proc shows is that of the tracing stop.
     pub stopped: bool,
     /// /proc/pid/stat.
     pub stat: Stat,
@@ -116,7 +117,7 @@ impl Process {
             host_pgid: stat.pgrp,
             sid: last(status.nssid.as_ref()),
             zombie,
-            stopped: stat.state == 'T',
+            stopped: false,
             stat,
             status,
             threads,
@@ -130,10 +131,28 @@ impl Process {
         self.vmas.iter().find(|v| v.name == "[vdso]")
     }
 
+    /// Where code may be written: behind its vDSO, if that is like our own.
+    pub fn padding(&self) -> Option<Padding> {
+        let v = self.vdso()?;
+        let own = own_vdso(v.bytes());
+        Padding::find(own, v.start..v.end).ok().filter(|p| p.start < p.end)
+    }
+
     /// A hole of `bytes` in which nothing is mapped, clear of growing stacks.
     pub fn hole(&self, bytes: u64) -> Option<u64> {
         memory::hole(self.vmas.iter().map(|v| (v.start, v.end, v.grows_down())), bytes)
     }
+}
+
+/// Bounds of our own vDSO, if it is of that length; empty otherwise.
+pub fn own_vdso(bytes: u64) -> std::ops::Range<u64> {
+    use std::sync::OnceLock;
+    static OWN: OnceLock<Option<(u64, u64)>> = OnceLock::new();
+    let own = OWN.get_or_init(|| {
+        let all = memory::read_smaps(std::process::id() as i32).unwrap_or_default();
+        all.iter().find(|v| v.name == "[vdso]").map(|v| (v.start, v.end))
+    });
+    own.filter(|(s, e)| e - s == bytes).map_or(0..0, |(s, e)| s..e)
 }
 
 /// procfs errors as I/O errors.

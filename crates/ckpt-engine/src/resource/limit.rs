@@ -43,6 +43,35 @@ pub struct LimitRecord {
 #[derive(Debug)]
 pub struct LimitResource;
 
+/// Parses /proc/pid/limits, which shows the limits of other users' processes where prlimit(2) needs CAP_SYS_RESOURCE.
+fn parse(text: &str) -> Option<[(u64, u64); COUNT]> {
+    let titles = [
+        "Max cpu time",
+        "Max file size",
+        "Max data size",
+        "Max stack size",
+        "Max core file size",
+        "Max resident set",
+        "Max processes",
+        "Max open files",
+        "Max locked memory",
+        "Max address space",
+        "Max file locks",
+        "Max pending signals",
+        "Max msgqueue size",
+        "Max nice priority",
+        "Max realtime priority",
+        "Max realtime timeout",
+    ];
+    let value = |w: &str| if w == "unlimited" { Some(u64::MAX) } else { w.parse().ok() };
+    let mut out = [(0, 0); COUNT];
+    for (title, limit) in titles.iter().zip(&mut out) {
+        let mut words = text.lines().find_map(|l| l.strip_prefix(title))?.split_whitespace();
+        *limit = (value(words.next()?)?, value(words.next()?)?);
+    }
+    Some(out)
+}
+
 impl Resource for LimitResource {
     nothing_to_do! { claims, probe, content, create, connect, arm }
 
@@ -57,10 +86,10 @@ impl Resource for LimitResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
-        let mut limits = [(0, 0); COUNT];
-        for (n, l) in limits.iter_mut().enumerate() {
-            *l = ckpt_sys::task::limit(p.host, n as u32).map_err(DumpError::errno(p.pid, NAMES[n]))?;
-        }
+        let text = std::fs::read_to_string(format!("/proc/{}/limits", p.host));
+        let limits = parse(&text.map_err(DumpError::process(p.pid, "reading its limits"))?).ok_or_else(|| {
+            DumpError::process(p.pid, "reading its limits")(std::io::Error::from(std::io::ErrorKind::InvalidData))
+        })?;
         cx.put(Kind::Limit, VERSION, p.pid as u64, 0, &LimitRecord { limits })
     }
 

@@ -65,8 +65,8 @@ pub struct VmaRecord {
     pub may_write: bool,
     /// Pages of it are stored.
     pub has_pages: bool,
-    /// Locked in memory.
-    pub locked: bool,
+    /// Flags of mlock2(2) if it is locked in memory: MLOCK_ONFAULT or none.
+    pub locked: Option<u32>,
     /// madvise(2) values in force.
     pub advice: Vec<i32>,
     /// What is behind it.
@@ -137,7 +137,7 @@ pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
 
 /// Flags that need nothing, or are restored by other means than madvise.
 const KNOWN_FLAGS: &[&str] = &[
-    "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "ac", "nr", "sd", "ar", "sf", "mm", "nl",
+    "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "ar", "sf", "mm", "nl",
     "um",
 ];
 
@@ -153,16 +153,16 @@ const ADVICE: &[(&str, i32)] = &[
     ("mg", libc::MADV_MERGEABLE),
 ];
 
-/// Where a named file of a process can be looked at from outside.
-fn outside(p: &Process, path: &str) -> String {
-    format!("/proc/{}/root{path}", p.host)
+/// Where a named file can be looked at from outside: paths are as init has them, whatever root the process has.
+fn outside(job: &Job, path: &str) -> String {
+    format!("/proc/{}/root{path}", job.info.init)
 }
 
 /// The kind.
 #[derive(Debug)]
 pub struct MemoryMapResource;
 
-fn refuse_vma(p: &Process, v: &Vma, refusals: &mut Refusals) {
+fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     let at = format!("mapping {:#x}-{:#x}", v.start, v.end);
     let named = if v.name.is_empty() { at.clone() } else { format!("{at} ({})", v.name) };
     if v.is_vdso_part() {
@@ -214,7 +214,7 @@ fn refuse_vma(p: &Process, v: &Vma, refusals: &mut Refusals) {
         }
     }
     if v.is_file() && !v.deleted && !super::shared_object::is_memory_object(v) {
-        match std::fs::metadata(outside(p, &v.name)) {
+        match std::fs::metadata(outside(job, &v.name)) {
             Ok(m) if FileStat::of(&m).ino == v.ino => {}
             _ => refusals.process(
                 p.pid,
@@ -288,7 +288,7 @@ impl MemoryMapResource {
                 let file = match files.iter().position(|f| f.path == path) {
                     Some(i) => i,
                     None => {
-                        let m = std::fs::metadata(outside(p, &v.name)).map_err(err(&v.name))?;
+                        let m = std::fs::metadata(outside(cx.job, &v.name)).map_err(err(&v.name))?;
                         files.push(MappedFile { path, stat: FileStat::of(&m) });
                         files.len() - 1
                     }
@@ -309,7 +309,7 @@ impl MemoryMapResource {
                 flags,
                 may_write: v.has("mw"),
                 has_pages,
-                locked: v.has("lo"),
+                locked: v.has("lo").then(|| if v.has("lf") { libc::MLOCK_ONFAULT } else { 0 }),
                 advice,
                 backing,
                 name: name.as_bytes().to_vec(),
@@ -336,7 +336,7 @@ impl MemoryMapResource {
         let vdso = p.vdso().map(|v| v.start..v.end);
         let hash = match vdso {
             // ckpt's own code stands behind the vDSO at this moment; the hash covers what is before it.
-            Some(range) => vdso_hash(Pid::this(), own_vdso(range.end - range.start))
+            Some(range) => vdso_hash(Pid::this(), crate::model::process::own_vdso(range.end - range.start))
                 .map_err(DumpError::errno(p.pid, "reading the vDSO"))?,
             None => 0,
         };
@@ -414,11 +414,6 @@ fn cx_hole(room: u64) -> u64 {
     room - AREA_BYTES as u64
 }
 
-/// ckpt's own vDSO, the same code as everybody's on this kernel.
-fn own_vdso(bytes: u64) -> std::ops::Range<u64> {
-    let own = crate::model::memory::read_smaps(std::process::id() as i32).unwrap_or_default();
-    own.iter().find(|v| v.name == "[vdso]" && v.bytes() == bytes).map_or(0..0, |v| v.start..v.end)
-}
 
 fn map_one(
     b: &mut ckpt_sys::area::Batch<'_>,
@@ -470,7 +465,7 @@ impl Resource for MemoryMapResource {
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
         for p in job.live() {
             for v in &p.vmas {
-                refuse_vma(p, v, refusals);
+                refuse_vma(job, p, v, refusals);
             }
             let exe = std::fs::read_link(format!("/proc/{}/exe", p.host)).unwrap_or_default();
             if exe.to_string_lossy().ends_with(" (deleted)") {
@@ -522,8 +517,8 @@ impl Resource for MemoryMapResource {
                     for a in &v.advice {
                         b.call(format!("madvise {at} {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
                     }
-                    if v.locked {
-                        b.call(format!("mlock {at}"), libc::SYS_mlock2, &[v.start, length, 1]);
+                    if let Some(flags) = v.locked {
+                        b.call(format!("mlock {at}"), libc::SYS_mlock2, &[v.start, length, u64::from(flags)]);
                     }
                     if !v.name.is_empty() {
                         let name = b.string(&v.name);

@@ -51,9 +51,9 @@ impl Resource for SignalResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
-        let set = p.status.sigcgt | p.status.sigign;
         let mut actions = Vec::new();
-        for signal in (1..=64u32).filter(|n| set & (1 << (n - 1)) != 0) {
+        // All of them: SA_NOCLDWAIT, for one, has its effect with the default action too.
+        for signal in (1..=64u32).filter(|n| ![libc::SIGKILL as u32, libc::SIGSTOP as u32].contains(n)) {
             let (n, b) =
                 cx.live().query::<32>(libc::SYS_rt_sigaction, |at| [u64::from(signal), 0, at, 8, 0, 0])?;
             if n < 0 {

@@ -47,6 +47,9 @@ pub struct TimerRecord {
 pub struct TimerResource;
 
 const SIGEV_THREAD_ID: i32 = 4;
+/// CPU time of the process and of the thread itself, as the kernel names them (`include/linux/posix-timers.h`).
+const PROCESS_CPU: i32 = -6;
+const THREAD_CPU: i32 = -2;
 
 fn words<const N: usize>(b: &[u8]) -> [u64; N] {
     std::array::from_fn(|i| u64::from_le_bytes(b[i * 8..i * 8 + 8].try_into().unwrap_or_default()))
@@ -55,7 +58,8 @@ fn words<const N: usize>(b: &[u8]) -> [u64; N] {
 /// Parses /proc/pid/timers (proc_pid_timers(5)); thread ids as ckpt sees them.
 fn parse(text: &str) -> Option<Vec<PosixTimer>> {
     let mut out = Vec::new();
-    for block in text.split("ID: ").skip(1) {
+    let text = format!("\n{text}");
+    for block in text.split("\nID: ").skip(1) {
         let id = block.lines().next()?.trim().parse().ok()?;
         let (signal, value) = info_value(block, "signal")?.split_once('/')?;
         let (how, who) = info_value(block, "notify")?.split_once('/')?;
@@ -96,8 +100,9 @@ impl Resource for TimerResource {
             match parse(&text) {
                 None => refusals.process(p.pid, "its POSIX timers can't be read", "not supported"),
                 Some(list) => {
-                    for t in list.iter().filter(|t| t.clock < 0) {
-                        let what = format!("timer {} runs on the CPU clock of a process or thread", t.id);
+                    let own = |c: i32| c >= 0 || c == PROCESS_CPU || c == THREAD_CPU && p.threads.len() == 1;
+                    for t in list.iter().filter(|t| !own(t.clock)) {
+                        let what = format!("timer {} runs on the CPU clock of some thread or other process", t.id);
                         refusals.process(p.pid, what, "not supported");
                     }
                 }

@@ -296,9 +296,7 @@ impl<'a> Build<'a> {
             // No core file; the signal must find its default action and be unblocked.
             ckpt_sys::task::set_limit(task, libc::RLIMIT_CORE, 0, 0).map_err(err("RLIMIT_CORE"))?;
             ptrace::set_signal_mask(task, 0).map_err(err("signal mask"))?;
-            let signal =
-                nix::sys::signal::Signal::try_from(status & 0x7f).map_err(err("signal of a zombie"))?;
-            nix::sys::signal::kill(task, signal).map_err(err("kill"))?;
+            ckpt_sys::task::kill(task, status & 0x7f).map_err(err("kill"))?;
             loop {
                 match ptrace::cont(task, 0) {
                     Ok(()) => {}
@@ -345,8 +343,11 @@ impl<'a> Build<'a> {
 
 /// openat(2), without becoming anybody's controlling terminal.
 pub fn open_call(b: &mut Batch<'_>, path: &[u8], flags: i32) -> CallId {
-    const NOT_AGAIN: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC;
+    // O_DIRECT may be set on what can't be opened with it (a pipe); it follows by F_SETFL.
+    const NOT_AGAIN: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_DIRECT;
     let at = b.string(path);
+    // O_TMPFILE contains O_DIRECTORY.
+    let flags = if flags & libc::O_TMPFILE == libc::O_TMPFILE { flags & !libc::O_TMPFILE } else { flags };
     let flags = (flags & !NOT_AGAIN) | libc::O_NOCTTY | libc::O_CLOEXEC;
     let what = format!("opening {}", String::from_utf8_lossy(path));
     b.call(what, libc::SYS_openat, &[libc::AT_FDCWD as u64, at, flags as u64, 0])

@@ -5,12 +5,13 @@ use super::Opened;
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
-use crate::model::file::OpenFile;
+use crate::model::file::{OpenFile, info_value};
 use crate::resource::{At, Collect, Resource, decode, nothing_to_do};
 use crate::restore::build_tree::{Build, keep_descriptor};
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::{Errno, libc};
+use std::os::fd::AsFd;
 
 /// Version of [`TimerfdRecord`].
 pub const VERSION: u16 = 1;
@@ -57,11 +58,17 @@ impl Resource for TimerfdResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::File(f) = at else { return Ok(()) };
+        // A timer that expired stands still until it is asked: that counts what was missed and starts it again.
+        let err = |what: &str| DumpError::fd(f.pid, f.fd, what.to_owned());
+        ckpt_sys::descriptor::timerfd_gettime(f.steal()?.as_fd()).map_err(err("timerfd_gettime"))?;
+        let path = format!("/proc/{}/fdinfo/{}", f.host, f.fd);
+        let text = std::fs::read_to_string(path).map_err(|_| err("its fdinfo")(Errno::ENODATA))?;
+        let info = |key: &str| info_value(&text, key);
         let read = || {
-            let [left, left_ns] = pair(f.info("it_value"))?;
-            let [every, every_ns] = pair(f.info("it_interval"))?;
-            let clock = f.info("clockid")?.parse().ok()?;
-            Some((clock, f.info("ticks")?.parse().ok()?, [every, every_ns, left, left_ns]))
+            let [left, left_ns] = pair(info("it_value"))?;
+            let [every, every_ns] = pair(info("it_interval"))?;
+            let clock = info("clockid")?.parse().ok()?;
+            Some((clock, info("ticks")?.parse().ok()?, [every, every_ns, left, left_ns]))
         };
         let (clock, ticks, spec) =
             read().ok_or_else(|| DumpError::fd(f.pid, f.fd, "its fdinfo")(Errno::ENODATA))?;
