@@ -183,8 +183,8 @@ static void *thread(void *argument)
 	make_state(hold.state_in, 77 * (number + 1));
 	for (int i = 0; i < GENERAL; i++)
 		hold.in[i] = mix(100 * number + i);
-	/* Reserved bit 1 and IF as always; ID, and the direction flag in every second thread. */
-	hold.flags_in = 0x202 | 1 << 21 | (number % 2) << 10;
+	/* Reserved bit 1 and IF as always, and the direction flag in every second thread. */
+	hold.flags_in = 0x202 | (number % 2) << 10;
 	local = mix(number + 5000);
 	MUST(syscall(SYS_arch_prctl, ARCH_SET_GS, gs_area));
 	pid_t tid = syscall(SYS_gettid);
@@ -211,7 +211,8 @@ static void *thread(void *argument)
 		EXPECT_EQ("rsi", 0, hold.out[4]);
 		EXPECT_EQ("results of nanosleep, or'ed", 0, hold.out[13]);
 	}
-	uint64_t compared = 1 << 21 | 1 << 10 | 1 << 18;
+	/* Direction and alignment check. The kernel lets nobody else set the ID flag, a signal handler's return loses it, too. */
+	uint64_t compared = 1 << 10 | 1 << 18;
 	EXPECT_EQ("flags", hold.flags_in & compared, hold.flags_out & compared);
 	compare_state(hold.state_in, hold.state_out);
 	EXPECT_EQ("thread-local variable", mix(number + 5000), local);

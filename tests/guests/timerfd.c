@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /* Timers as descriptors: clock, remaining time, interval, flags; expirations that nobody has read; one that is not armed. */
 #include "guest.h"
+#include <poll.h>
 #include <sys/timerfd.h>
 
 /* A timer and its clock are read one after the other, and a dump may fall in between. */
@@ -9,6 +10,22 @@ static const int64_t tolerance_ns = 1000000000;
 static int64_t ns_of(struct timespec value)
 {
 	return (int64_t)value.tv_sec * 1000000000 + value.tv_nsec;
+}
+
+/* Reads what may have to be waited for. */
+static uint64_t await_expirations(int fd)
+{
+	struct pollfd entry = { fd, POLLIN, 0 };
+	struct itimerspec now;
+	uint64_t expirations;
+
+	if (MUST(poll(&entry, 1, 20000)) != 1) {
+		MUST(timerfd_gettime(fd, &now));
+		guest_fail("a timer of 10 ms does not fire: %lld ns remain, its interval is %lld ns",
+			   (long long)ns_of(now.it_value), (long long)ns_of(now.it_interval));
+	}
+	EXPECT_EQ("read", 8, MUST(read(fd, &expirations, 8)));
+	return expirations;
 }
 
 /* When it fires, by its own clock. */
@@ -67,11 +84,11 @@ int main(int argc, char **argv)
 	EXPECT_EQ("read again", -1, read(once, &expirations, 8));
 	EXPECT_EQ("errno", EAGAIN, errno);
 	EXPECT_EQ("read of an idle timer", -1, read(idle, &expirations, 8));
-	EXPECT_EQ("read of the frequent", 8, MUST(read(often, &expirations, 8)));
+	expirations = await_expirations(often);
 	int64_t most = (guest_clock_ns(CLOCK_MONOTONIC) - armed_ns) / 10000000 + 1;
 	if (expirations < 1 || (int64_t)expirations > most)
 		guest_fail("expirations: expected 1 to %lld, got %llu", (long long)most, (unsigned long long)expirations);
 	for (int i = 0; i < 3; i++)
-		EXPECT_EQ("it goes on", 8, MUST(read(often, &expirations, 8)));
+		EXPECT(await_expirations(often) >= 1);
 	guest_ok();
 }

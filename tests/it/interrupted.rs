@@ -44,8 +44,8 @@ blocked_in! {
     read_eventfd;
     recv;
     recv_timeout;
-    semop.may_be_refused("sem");
-    semtimedop.may_be_refused("sem");
+    semop.may_be_refused("system v ipc");
+    semtimedop.may_be_refused("system v ipc");
     sigtimedwait;
     sigwaitinfo;
     sigsuspend;
