@@ -112,7 +112,9 @@ fn of_store(error: &StoreError) -> Option<ExitCode> {
         StoreError::BadJobName { .. } | StoreError::BadSpec { .. } | StoreError::ReservedName { .. } => {
             Some(ExitCode::USAGE)
         }
-        StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Some(ExitCode::NOT_FOUND),
+        StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            Some(ExitCode::NOT_FOUND)
+        }
         StoreError::Io { source, .. } => is_storage(source).then_some(ExitCode::NO_SPACE),
         StoreError::Unfinished { .. } => Some(ExitCode::CORRUPT),
         StoreError::NotDurable { .. } | StoreError::NoDefaultRoot => None,

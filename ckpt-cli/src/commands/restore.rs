@@ -85,7 +85,10 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         interceptor: None,
         hostname: text(&image.job.hostname),
         domainname: text(&image.job.domainname).filter(|d| d != "(none)"),
-        time: Some(TimeTarget { monotonic_ns: image.job.monotonic_ns, boottime_ns: image.job.boottime_ns }),
+        time: (!ckpt_sys::hook::skipped("job")).then_some(TimeTarget {
+            monotonic_ns: image.job.monotonic_ns,
+            boottime_ns: image.job.boottime_ns,
+        }),
         restored_from: Some(path.display().to_string()),
     };
     drop(image);

@@ -385,7 +385,8 @@ fn test_environment() -> Vec<CString> {
         return Vec::new();
     }
     let tests = std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"CKPT_TEST_"));
-    let joined = tests.map(|(name, value)| [name.as_encoded_bytes(), b"=", value.as_encoded_bytes()].concat());
+    let joined =
+        tests.map(|(name, value)| [name.as_encoded_bytes(), b"=", value.as_encoded_bytes()].concat());
     joined.filter_map(|text| CString::new(text).ok()).collect()
 }
 

@@ -58,11 +58,12 @@ pub fn readable_bytes(fd: BorrowedFd<'_>) -> Result<i32> {
     Ok(n)
 }
 
-/// A copy of everything in a pipe, leaving it there (tee(2) into a pipe of at least that capacity).
+/// A copy of everything in a pipe, leaving it there (tee(2) into a pipe of at least that capacity): what each read(2)
+/// gives, so that packets (O_DIRECT, pipe(2)) stay packets.
 ///
 /// # Errors
 /// Those of tee(2) and pipe2(2).
-pub fn peek_pipe(read_end: BorrowedFd<'_>) -> Result<Vec<u8>> {
+pub fn peek_pipe(read_end: BorrowedFd<'_>) -> Result<Vec<Vec<u8>>> {
     let capacity = pipe_capacity(read_end)?;
     let (r, w) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK)?;
     // A refusal (fs.pipe-user-pages-soft) is noticed below, when not everything fits.
@@ -82,12 +83,14 @@ pub fn peek_pipe(read_end: BorrowedFd<'_>) -> Result<Vec<u8>> {
         return Err(Errno::ENOBUFS);
     }
     drop(w);
-    let mut out = vec![0u8; n];
-    let mut done = 0;
+    let (mut out, mut buf, mut done) = (Vec::new(), vec![0u8; n], 0);
     while done < n {
-        match nix::unistd::read(&r, &mut out[done..])? {
+        match nix::unistd::read(&r, &mut buf)? {
             0 => return Err(Errno::EIO),
-            k => done += k,
+            k => {
+                out.push(buf[..k].to_vec());
+                done += k;
+            }
         }
     }
     Ok(out)

@@ -101,15 +101,17 @@ pub struct Queued {
 ///
 /// # Errors
 /// Those of recvmsg(2).
-pub fn peek_queue(fd: BorrowedFd<'_>, stream: bool) -> Result<Vec<Queued>> {
+///
+/// `ends`: reading nothing means the end of the file (a stream, or an end that receives no more), not an empty message.
+pub fn peek_queue(fd: BorrowedFd<'_>, ends: bool) -> Result<Vec<Queued>> {
     let old = get_int(fd, libc::SO_PEEK_OFF)?;
     set_int(fd, libc::SO_PEEK_OFF, 0)?;
-    let result = peek_all(fd, stream);
+    let result = peek_all(fd, ends);
     set_int(fd, libc::SO_PEEK_OFF, old)?;
     result
 }
 
-fn peek_all(fd: BorrowedFd<'_>, stream: bool) -> Result<Vec<Queued>> {
+fn peek_all(fd: BorrowedFd<'_>, ends: bool) -> Result<Vec<Queued>> {
     let mut out = Vec::new();
     // The largest message a unix socket can carry is bounded by its peer's send buffer.
     let mut buf = vec![0u8; 4 << 20];
@@ -149,10 +151,10 @@ fn peek_all(fd: BorrowedFd<'_>, stream: bool) -> Result<Vec<Queued>> {
                 c = libc::CMSG_NXTHDR(&raw const msg, c);
             }
         }
-        if n == 0 && (stream || out.len() > 4096) {
+        if n == 0 && ends {
             return Ok(out);
         }
-        if n == 0 && !stream {
+        if n == 0 {
             // An empty datagram can't be told from the end of the queue by its length; SO_PEEK_OFF does not advance
             // over it, so what is behind it is out of reach.
             return Err(Errno::ENODATA);

@@ -161,6 +161,25 @@ pub fn set_sched_attr(tid: Pid, attr: &SchedAttr) -> Result<()> {
     raw(libc::SYS_sched_setattr, [tid.as_raw() as u64, &raw const a as u64, 0, 0, 0, 0]).map(drop)
 }
 
+/// getpriority(2): the nice value, which sched_getattr(2) doesn't tell for every policy.
+///
+/// # Errors
+/// ESRCH.
+pub fn nice(tid: Pid) -> Result<i32> {
+    // The kernel gives 20 - nice, so that no value looks like an error.
+    let n = raw(libc::SYS_getpriority, [libc::PRIO_PROCESS as u64, tid.as_raw() as u64, 0, 0, 0, 0])?;
+    Ok(20 - n as i32)
+}
+
+/// setpriority(2).
+///
+/// # Errors
+/// EACCES to lower it without the right.
+pub fn set_nice(tid: Pid, nice: i32) -> Result<()> {
+    let args = [libc::PRIO_PROCESS as u64, tid.as_raw() as u64, i64::from(nice) as u64, 0, 0, 0];
+    raw(libc::SYS_setpriority, args).map(drop)
+}
+
 /// ioprio_get(2) of one task.
 ///
 /// # Errors

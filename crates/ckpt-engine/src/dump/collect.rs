@@ -67,7 +67,9 @@ fn padding_of(p: &Process) -> Result<Padding, DumpError> {
     p.padding().ok_or_else(|| DumpError::Process {
         pid: p.pid,
         what: "finding its vDSO".into(),
-        source: std::io::Error::other("it has been unmapped or is of another kernel; such a process can't be dumped"),
+        source: std::io::Error::other(
+            "it has been unmapped or is of another kernel; such a process can't be dumped",
+        ),
     })
 }
 

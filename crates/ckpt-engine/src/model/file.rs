@@ -117,6 +117,19 @@ impl OpenFile {
         OpenFile { id, pid, host, fd, holders: Vec::new(), seen, kind: None }
     }
 
+    /// For a file whose name has been removed and that has another: one in the same directory, if there is one.
+    ///
+    /// `root` is init's root directory.
+    pub fn other_name(&self, root: &str) -> Option<Vec<u8>> {
+        let name = self.seen.link.strip_suffix(b" (deleted)").filter(|_| self.seen.stat.nlink > 0)?;
+        let dir = Path::new(std::ffi::OsStr::from_bytes(name)).parent()?;
+        let outside = Path::new(root).join(dir.strip_prefix("/").ok()?);
+        let same = |m: &std::fs::Metadata| (m.dev(), m.ino()) == (self.seen.stat.dev, self.seen.stat.ino);
+        let found =
+            std::fs::read_dir(outside).ok()?.flatten().find(|e| e.metadata().is_ok_and(|m| same(&m)))?;
+        Some(dir.join(found.file_name()).as_os_str().as_bytes().to_vec())
+    }
+
     /// The path as bytes, without " (deleted)".
     pub fn path(&self) -> &[u8] {
         if self.deleted() {

@@ -87,9 +87,12 @@ impl Resource for LimitResource {
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
         let text = std::fs::read_to_string(format!("/proc/{}/limits", p.host));
-        let limits = parse(&text.map_err(DumpError::process(p.pid, "reading its limits"))?).ok_or_else(|| {
-            DumpError::process(p.pid, "reading its limits")(std::io::Error::from(std::io::ErrorKind::InvalidData))
-        })?;
+        let limits =
+            parse(&text.map_err(DumpError::process(p.pid, "reading its limits"))?).ok_or_else(|| {
+                DumpError::process(p.pid, "reading its limits")(std::io::Error::from(
+                    std::io::ErrorKind::InvalidData,
+                ))
+            })?;
         cx.put(Kind::Limit, VERSION, p.pid as u64, 0, &LimitRecord { limits })
     }
 

@@ -137,8 +137,8 @@ pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
 
 /// Flags that need nothing, or are restored by other means than madvise.
 const KNOWN_FLAGS: &[&str] = &[
-    "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "ar", "sf", "mm", "nl",
-    "um",
+    "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "ar", "sf", "mm",
+    "nl", "um",
 ];
 
 /// Flags that madvise(2) sets.
@@ -413,7 +413,6 @@ impl MemoryMapResource {
 fn cx_hole(room: u64) -> u64 {
     room - AREA_BYTES as u64
 }
-
 
 fn map_one(
     b: &mut ckpt_sys::area::Batch<'_>,

@@ -74,3 +74,19 @@ impl Resource for PendingSignalResource {
         Ok(())
     }
 }
+
+/// Whether a signal is queued for a process or one of its threads.
+///
+/// # Errors
+/// If a record does not decode.
+pub fn is_queued(image: &crate::restore::read::Image, pid: i32, signal: i32) -> Result<bool, RestoreError> {
+    for r in image.of_kind(Kind::PendingSignal) {
+        if r.owner == pid as u64 || r.id == pid as u64 {
+            let s: PendingSignalRecord = decode(r, VERSION)?;
+            if s.queue.iter().any(|i| i.first().copied().map(i32::from) == Some(signal)) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}

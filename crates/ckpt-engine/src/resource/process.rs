@@ -31,6 +31,8 @@ pub struct ProcessRecord {
     pub zombie: Option<i32>,
     /// Stopped by job control.
     pub stopped: bool,
+    /// Children that are stopped and whose stop it has not been told of by wait(2) yet.
+    pub untold_stops: Vec<i32>,
     /// Its threads, the leader first.
     pub threads: Vec<i32>,
     /// Name of the leader.
@@ -48,6 +50,7 @@ impl ProcessRecord {
             exit_signal: libc::SIGCHLD,
             zombie: None,
             stopped: false,
+            untold_stops: Vec::new(),
             threads: vec![pid],
             comm: Vec::new(),
         }
@@ -104,6 +107,20 @@ impl Resource for ProcessResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
+        let children: Vec<i32> =
+            cx.job.live().filter(|c| c.ppid == p.pid && c.stopped).map(|c| c.pid).collect();
+        let mut untold_stops = Vec::new();
+        for child in children.into_iter().filter(|_| p.zombie.is_none()) {
+            // Asked in the parent, without taking the answer away.
+            let options = (libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT) as u64;
+            let who = u64::from(libc::P_PID);
+            let (n, info) =
+                cx.live().query::<128>(libc::SYS_waitid, |at| [who, child as u64, at, options, 0, 0])?;
+            // si_signo is SIGCHLD if there is something to tell.
+            if n == 0 && info[0] != 0 {
+                untold_stops.push(child);
+            }
+        }
         let threads =
             if p.zombie.is_some() { vec![p.pid] } else { p.threads.iter().map(|t| t.tid).collect() };
         let record = ProcessRecord {
@@ -114,6 +131,7 @@ impl Resource for ProcessResource {
             exit_signal: p.stat.exit_signal.filter(|s| *s >= 0).unwrap_or(libc::SIGCHLD),
             zombie: p.zombie,
             stopped: p.stopped,
+            untold_stops,
             threads,
             comm: p.stat.comm.as_bytes().to_vec(),
         };

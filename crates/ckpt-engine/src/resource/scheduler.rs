@@ -64,7 +64,7 @@ impl Resource for SchedulerResource {
         let record = SchedulerRecord {
             policy: a.policy,
             flags: a.flags,
-            nice: a.nice,
+            nice: ckpt_sys::task::nice(t.host).map_err(err("getpriority"))?,
             priority: a.priority,
             deadline: [a.runtime, a.deadline, a.period],
             affinity: if mask == host_cpus() { Vec::new() } else { mask },
@@ -104,7 +104,7 @@ impl Resource for SchedulerResource {
             ..SchedAttr::default()
         };
         let now = ckpt_sys::task::sched_attr(task).map_err(RestoreError::errno(tid, "sched_getattr"))?;
-        if (now.policy, now.nice, now.priority) != (attr.policy, attr.nice, attr.priority) {
+        if (now.policy, now.priority, now.flags) != (attr.policy, attr.priority, attr.flags) {
             match ckpt_sys::task::set_sched_attr(task, &attr) {
                 Ok(()) => {}
                 Err(Errno::EPERM) => {
@@ -112,6 +112,15 @@ impl Resource for SchedulerResource {
                         .push(format!("thread {tid}: no right to its scheduling policy {} here", s.policy));
                 }
                 Err(e) => return Err(RestoreError::errno(tid, "sched_setattr")(e)),
+            }
+        }
+        if ckpt_sys::task::nice(task) != Ok(s.nice) {
+            match ckpt_sys::task::set_nice(task, s.nice) {
+                Ok(()) => {}
+                Err(Errno::EACCES | Errno::EPERM) => {
+                    cx.warnings.push(format!("thread {tid}: no right to its nice value {} here", s.nice));
+                }
+                Err(e) => return Err(RestoreError::errno(tid, "setpriority")(e)),
             }
         }
         if ckpt_sys::task::io_priority(task) != Ok(s.io_priority) {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 /// Version of [`ShmFileRecord`].
 pub const VERSION: u16 = 1;
 
-/// A regular file or directory in /dev/shm.
+/// A regular file, directory or symbolic link in /dev/shm.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct ShmFileRecord {
     /// Absolute path in the job.
@@ -31,8 +31,10 @@ pub struct ShmFileRecord {
     pub gid: u32,
     /// Length in bytes.
     pub bytes: u64,
-    /// The object with its content; none for a directory.
+    /// The object with its content; none for a directory or link.
     pub object: Option<u64>,
+    /// Target of a symbolic link.
+    pub link: Option<Vec<u8>>,
 }
 
 /// The kind.
@@ -81,8 +83,8 @@ impl Resource for ShmFileResource {
         }
         for (inside, outside) in walk(job) {
             let Ok(m) = std::fs::symlink_metadata(&outside) else { continue };
-            if !m.is_file() && !m.is_dir() {
-                let what = format!("{} is neither a file nor a directory", inside.display());
+            if !m.is_file() && !m.is_dir() && !m.is_symlink() {
+                let what = format!("{} is neither a file nor a directory nor a link", inside.display());
                 refusals.process(0, what, "remove it from /dev/shm");
             }
         }
@@ -112,6 +114,13 @@ impl Resource for ShmFileResource {
                 gid: m.gid(),
                 bytes: if m.is_file() { m.size() } else { 0 },
                 object,
+                link: match m.is_symlink() {
+                    true => {
+                        let target = std::fs::read_link(&outside).map_err(err("reading the link"))?;
+                        Some(target.as_os_str().as_bytes().to_vec())
+                    }
+                    false => None,
+                },
             };
             cx.put(Kind::ShmFile, VERSION, 0, n as u64, &record)?;
         }
@@ -135,6 +144,9 @@ impl Resource for ShmFileResource {
             return Err(RestoreError::Record(format!("{} is not in {SHM}", path.display())));
         }
         let err = |what: &str| RestoreError::io(0, format!("{what} {}", path.display()));
+        if let Some(target) = &f.link {
+            return std::os::unix::fs::symlink(OsStr::from_bytes(target), path).map_err(err("creating"));
+        }
         match f.object {
             None => std::fs::create_dir(path).map_err(err("creating"))?,
             Some(object) => {

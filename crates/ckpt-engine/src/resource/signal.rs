@@ -65,13 +65,11 @@ impl Resource for SignalResource {
                 });
             }
             let word = |i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap_or_default());
-            actions.push(Action {
-                signal,
-                handler: word(0),
-                flags: word(8),
-                restorer: word(16),
-                mask: word(24),
-            });
+            let action =
+                Action { signal, handler: word(0), flags: word(8), restorer: word(16), mask: word(24) };
+            if action != (Action { signal, handler: 0, flags: 0, restorer: 0, mask: 0 }) {
+                actions.push(action);
+            }
         }
         cx.put(Kind::Signal, VERSION, p.pid as u64, 0, &SignalRecord { actions })
     }

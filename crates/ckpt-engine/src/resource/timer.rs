@@ -102,7 +102,8 @@ impl Resource for TimerResource {
                 Some(list) => {
                     let own = |c: i32| c >= 0 || c == PROCESS_CPU || c == THREAD_CPU && p.threads.len() == 1;
                     for t in list.iter().filter(|t| !own(t.clock)) {
-                        let what = format!("timer {} runs on the CPU clock of some thread or other process", t.id);
+                        let what =
+                            format!("timer {} runs on the CPU clock of some thread or other process", t.id);
                         refusals.process(p.pid, what, "not supported");
                     }
                 }

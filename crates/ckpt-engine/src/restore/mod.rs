@@ -11,6 +11,7 @@ pub mod read;
 pub mod resume;
 
 use crate::error::RestoreError;
+use crate::kind::Kind;
 use crate::resource::in_order;
 use build_tree::Build;
 use ckpt_image::Record;
@@ -88,7 +89,9 @@ pub fn rebuild(request: &RestoreRequest) -> Result<Rebuilt, RestoreError> {
     let image = read::read(request)?;
     let plan = plan::plan(&image, request)?;
     let mut build = Build::new(request, &image, plan)?;
-    build.build_tree()?;
+    if !ckpt_sys::hook::skipped(Kind::Process.name()) {
+        build.build_tree()?;
+    }
     let order = in_order();
     let steps: [Step; 4] = [
         |r, b, rec| r.create(b, rec),

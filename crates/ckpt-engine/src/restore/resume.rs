@@ -12,13 +12,11 @@ use crate::resource::signal::SignalRecord;
 use crate::resource::thread::ThreadRecord;
 use ckpt_sys::area::{AREA_BYTES, event_stop, stepped_call};
 use ckpt_sys::{Pid, arch, libc, ptrace};
-use nix::sys::signal::{Signal, kill};
 
 /// Tasks that only need to be let go.
 #[derive(Debug)]
 pub struct Ready {
     tasks: Vec<Pid>,
-    stopped: Vec<Pid>,
 }
 
 /// Brings every task to the point from which it goes on by itself.
@@ -29,53 +27,105 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
     // The files are put back last, when nothing else can fail any more.
     crate::resource::fd::regular_file::cut_back(&mut build)?;
     let mut tasks = Vec::new();
-    let mut stopped = Vec::new();
-    for pid in build.live() {
-        let p = build.processes[&pid].clone();
-        let leader = Pid::from_raw(pid);
-        for tid in p.threads.iter().filter(|t| **t != pid) {
-            event_stop(Pid::from_raw(*tid)).map_err(RestoreError::remote(*tid))?;
+    // Processes that are stopped come first, children before parents: a parent that has been told of the stop is told
+    // again by the kernel and must forget it, as long as it is a blank.
+    let mut order = build.live();
+    let depth = |mut pid: i32| {
+        let mut n = 0;
+        while let Some(p) = build.processes.get(&pid) {
+            pid = p.ppid;
+            n += 1;
         }
-        let insn = syscall_instruction(&build, pid)?;
-        let stepped = |what: &str, nr: i64, args: [u64; 6]| {
-            stepped_call(leader, insn, what, nr, args).map_err(RestoreError::remote(pid))
-        };
-        let ignores_trap = ignores_sigtrap(&build, pid)?;
-        if let Some(action) = ignores_trap {
-            // Set by a call that doesn't end with a trap; the action is read from the area, which is still there.
-            let at = build.area.batch().words(&action);
-            stepped(
-                "rt_sigaction of SIGTRAP",
-                libc::SYS_rt_sigaction,
-                [libc::SIGTRAP as u64, at, 0, 8, 0, 0],
-            )?;
+        n
+    };
+    order.sort_by_key(|pid| (!build.processes[pid].stopped, -depth(*pid)));
+    for pid in order {
+        let own = finalise(&mut build, pid)?;
+        if build.processes[&pid].stopped {
+            stop_again(&mut build, pid, &own)?;
+        } else {
+            tasks.extend(own);
         }
-        let room = [build.plan.hole, AREA_BYTES as u64 + VDSO_ROOM, 0, 0, 0, 0];
-        stepped("munmap of the area", libc::SYS_munmap, room)?;
-        event_stop(leader).map_err(RestoreError::remote(pid))?;
-        tasks.extend(p.threads.iter().map(|t| Pid::from_raw(*t)));
-        if p.stopped {
-            stopped.push(leader);
-        }
-    }
-    for r in build.image.of_kind(Kind::Thread) {
-        let t: ThreadRecord = decode(r, crate::resource::thread::VERSION)?;
-        let tid = Pid::from_raw(r.owner as i32);
-        if !tasks.contains(&tid) {
-            return Err(RestoreError::Record(format!("thread {tid} belongs to no process")));
-        }
-        let err = |what: &str| RestoreError::errno(tid.as_raw(), what.to_owned());
-        ptrace::set_xstate(tid, &t.xstate).map_err(err("setting floating point and vector registers"))?;
-        ptrace::set_signal_mask(tid, t.mask).map_err(err("setting the signal mask"))?;
-        let registers = arch::resume_restored(&arch::registers_from_words(&t.registers), t.quiet);
-        ptrace::set_registers(tid, &registers).map_err(err("setting registers"))?;
     }
     Ok(Rebuilt {
         main_pid: build.image.job.main_pid,
         main_status: build.image.job.main_status,
         warnings: std::mem::take(&mut build.warnings),
-        ready: Ready { tasks, stopped },
+        ready: Ready { tasks },
     })
+}
+
+/// Takes the area out of a process and gives its threads their registers. Returns them.
+fn finalise(build: &mut Build<'_>, pid: i32) -> Result<Vec<Pid>, RestoreError> {
+    let threads = build.processes[&pid].threads.clone();
+    let leader = Pid::from_raw(pid);
+    for tid in threads.iter().filter(|t| **t != pid) {
+        event_stop(Pid::from_raw(*tid)).map_err(RestoreError::remote(*tid))?;
+    }
+    let insn = syscall_instruction(build, pid)?;
+    let stepped = |what: &str, nr: i64, args: [u64; 6]| {
+        stepped_call(leader, insn, what, nr, args).map_err(RestoreError::remote(pid))
+    };
+    if let Some(action) = ignores_sigtrap(build, pid)? {
+        // Set by a call that doesn't end with a trap; the action is read from the area, which is still there.
+        let at = build.area.batch().words(&action);
+        stepped("rt_sigaction of SIGTRAP", libc::SYS_rt_sigaction, [libc::SIGTRAP as u64, at, 0, 8, 0, 0])?;
+    }
+    let room = [build.plan.hole, AREA_BYTES as u64 + VDSO_ROOM, 0, 0, 0, 0];
+    stepped("munmap of the area", libc::SYS_munmap, room)?;
+    event_stop(leader).map_err(RestoreError::remote(pid))?;
+    for tid in &threads {
+        let record = build.image.of_kind(Kind::Thread).find(|r| r.owner == *tid as u64);
+        let record = record.ok_or_else(|| RestoreError::Record(format!("thread {tid} has no registers")))?;
+        let t: ThreadRecord = decode(record, crate::resource::thread::VERSION)?;
+        let task = Pid::from_raw(*tid);
+        let err = |what: &str| RestoreError::errno(*tid, what.to_owned());
+        ptrace::set_xstate(task, &t.xstate).map_err(err("setting floating point and vector registers"))?;
+        ptrace::set_signal_mask(task, t.mask).map_err(err("setting the signal mask"))?;
+        let registers = arch::resume_restored(&arch::registers_from_words(&t.registers), t.quiet);
+        ptrace::set_registers(task, &registers).map_err(err("setting registers"))?;
+    }
+    Ok(threads.into_iter().map(Pid::from_raw).collect())
+}
+
+/// Stops a process by a signal and lets go of it: it executes nothing. What the kernel tells its parent about that is
+/// taken away again, unless it was still to be told.
+fn stop_again(build: &mut Build<'_>, pid: i32, threads: &[Pid]) -> Result<(), RestoreError> {
+    let err = |what: &str| RestoreError::errno(pid, what.to_owned());
+    ckpt_sys::task::kill(Pid::from_raw(pid), libc::SIGSTOP).map_err(err("stopping it again"))?;
+    for t in threads {
+        ptrace::detach(*t).map_err(err("letting it go"))?;
+    }
+    let state = |t: &Pid| {
+        let text = std::fs::read_to_string(format!("/proc/{t}/stat")).unwrap_or_default();
+        text.rsplit(')').next().and_then(|s| s.trim_start().chars().next())
+    };
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while threads.iter().any(|t| state(t) != Some('T')) {
+        if std::time::Instant::now() > until {
+            return Err(RestoreError::Host(format!("process {pid} does not stop")));
+        }
+        std::thread::yield_now();
+    }
+    let parent = build.processes[&pid].ppid;
+    let Some(p) = build.processes.get(&parent) else { return Ok(()) };
+    let told = !p.untold_stops.contains(&pid);
+    let queued = crate::resource::pending_signal::is_queued(build.image, parent, libc::SIGCHLD)?;
+    build.run(parent, |b| {
+        if told {
+            let options = (libc::WUNTRACED | libc::WNOHANG) as u64;
+            b.call("wait4", libc::SYS_wait4, &[pid as u64, 0, options, 0]);
+        }
+    })?;
+    if !queued {
+        // There may be none, if the parent doesn't want to be told (SA_NOCLDSTOP).
+        let mut b = build.area.batch();
+        let set = b.words(&[1 << (libc::SIGCHLD - 1)]);
+        let now = b.words(&[0, 0]);
+        b.call("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, &[set, 0, now, 8]);
+        b.run_raw(Pid::from_raw(parent)).map_err(RestoreError::remote(parent))?;
+    }
+    Ok(())
 }
 
 fn ignores_sigtrap(build: &Build<'_>, pid: i32) -> Result<Option<[u64; 4]>, RestoreError> {
@@ -106,9 +156,6 @@ impl Ready {
     /// # Errors
     /// If one vanished.
     pub fn resume(self) -> Result<(), RestoreError> {
-        for p in &self.stopped {
-            kill(*p, Signal::SIGSTOP).map_err(RestoreError::errno(p.as_raw(), "stopping it again"))?;
-        }
         for t in &self.tasks {
             ptrace::detach(*t).map_err(RestoreError::errno(t.as_raw(), "letting it go"))?;
         }

@@ -38,16 +38,38 @@ fn number(job: &Job, f: &OpenFile) -> Option<i32> {
     if s.format() == libc::S_IFREG {
         // A regular file is a file, whoever opened it; but not ckpt's log, which every restore has anew.
         let log = job.info.log.as_ref().is_some_and(|l| l.as_os_str().as_bytes() == f.path());
-        return log.then_some(1);
+        if log {
+            return Some(1);
+        }
+        // Nor can a file be opened anew that somebody with more rights had opened for the job.
+        return inherited(job, f).filter(|_| !can_open(job, f));
     }
     let memory_device = s.format() == libc::S_IFCHR && libc::major(s.rdev) == 1;
     if memory_device || ![libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFCHR].contains(&s.format()) {
         return None;
     }
+    inherited(job, f)
+}
+
+fn inherited(job: &Job, f: &OpenFile) -> Option<i32> {
+    let s = &f.seen.stat;
     let same = |e: &&crate::model::ExternalInfo| e.dev == s.dev && e.ino == s.ino && e.access == f.access();
     // The number it still has tells two that look alike apart.
     let candidates: Vec<i32> = job.info.external.iter().filter(same).map(|e| e.number).collect();
     candidates.iter().find(|n| f.holders.iter().any(|(_, fd)| fd == *n)).or(candidates.first()).copied()
+}
+
+/// Whether the user of the job could open the file as it is open.
+fn can_open(job: &Job, f: &OpenFile) -> bool {
+    use nix::unistd::AccessFlags;
+    let mode = match f.access() {
+        libc::O_RDONLY => AccessFlags::R_OK,
+        libc::O_WRONLY => AccessFlags::W_OK,
+        _ => AccessFlags::R_OK | AccessFlags::W_OK,
+    };
+    let mut path = format!("/proc/{}/root", job.info.init).into_bytes();
+    path.extend_from_slice(f.path());
+    nix::unistd::access(std::ffi::OsStr::from_bytes(&path), mode).is_ok()
 }
 
 impl Resource for ExternalResource {

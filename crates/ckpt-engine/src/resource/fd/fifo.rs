@@ -54,14 +54,14 @@ impl Resource for FifoResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::File(f) = at else { return Ok(()) };
-        let content = if is_first(cx.job, f) { Some(content_of(f)?) } else { None };
+        let content = if is_first(cx.job, f) { Some(content_of(cx.job, f)?) } else { None };
         let record = FifoRecord { opened: Opened::of(cx.job, f)?, path: f.path().to_vec(), content };
         cx.put(Kind::Fifo, VERSION, f.id, f.seen.stat.ino, &record)
     }
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {
         let f: FifoRecord = decode(record, VERSION)?;
-        let held = f.content.map_or(0, |c| c.bytes.len());
+        let held = f.content.map_or(0, |c| c.pieces.iter().map(Vec::len).sum());
         Ok(format!("named pipe {}, {held} unread bytes", String::from_utf8_lossy(&f.path)))
     }
 

@@ -70,6 +70,9 @@ impl Opened {
     pub fn finish(&self, cx: &mut Build<'_>, fd: i32, seekable: bool) -> Result<(), RestoreError> {
         let (kind, id, signal) = self.signal_owner;
         let position = self.position;
+        if self.flags & (libc::O_DIRECT | libc::O_PATH) == libc::O_DIRECT {
+            self.set_flags(cx, fd)?;
+        }
         let fd = fd as u64;
         cx.run(self.pid, |b| {
             if seekable {

@@ -31,8 +31,10 @@ pub struct PipeRecord {
 pub struct PipeContent {
     /// Capacity in bytes.
     pub capacity: i32,
-    /// Unread bytes.
-    pub bytes: Vec<u8>,
+    /// Unread bytes as reads will give them: packets, or one piece.
+    pub pieces: Vec<Vec<u8>>,
+    /// Written with O_DIRECT: each piece is a packet.
+    pub packets: bool,
 }
 
 /// The kind.
@@ -43,7 +45,7 @@ pub struct PipeResource;
 ///
 /// # Errors
 /// If it can't be read.
-pub fn content_of(f: &OpenFile) -> Result<PipeContent, DumpError> {
+pub fn content_of(job: &Job, f: &OpenFile) -> Result<PipeContent, DumpError> {
     let err = |what: &str| DumpError::fd(f.pid, f.fd, what.to_owned());
     let fd = f.steal()?;
     let capacity = ckpt_sys::descriptor::pipe_capacity(fd.as_fd()).map_err(err("F_GETPIPE_SZ"))?;
@@ -56,8 +58,10 @@ pub fn content_of(f: &OpenFile) -> Result<PipeContent, DumpError> {
         nix::fcntl::open(link.as_str(), flags, nix::sys::stat::Mode::empty())
             .map_err(err("opening its other end"))?
     };
-    let bytes = ckpt_sys::descriptor::peek_pipe(read_end.as_fd()).map_err(err("reading what is in it"))?;
-    Ok(PipeContent { capacity, bytes })
+    let pieces = ckpt_sys::descriptor::peek_pipe(read_end.as_fd()).map_err(err("reading what is in it"))?;
+    let same = |g: &&OpenFile| (g.seen.stat.dev, g.seen.stat.ino) == (f.seen.stat.dev, f.seen.stat.ino);
+    let packets = job.files.values().filter(same).any(|g| g.seen.flags & libc::O_DIRECT != 0);
+    Ok(PipeContent { capacity, pieces, packets })
 }
 
 /// Whether this is the first of the descriptions with its inode.
@@ -72,32 +76,31 @@ pub fn is_first(job: &Job, f: &OpenFile) -> bool {
 /// If it doesn't take all of it.
 pub fn fill(cx: &mut Build<'_>, pid: i32, fd: i32, content: &PipeContent) -> Result<(), RestoreError> {
     let path = format!("/proc/self/fd/{fd}");
-    let bytes = content.bytes.len();
-    let (results, wrote) = cx.run(pid, |b| {
+    let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
+    let (results, keep) = cx.run(pid, |b| {
         let w = open_call(b, path.as_bytes(), libc::O_RDWR | libc::O_NONBLOCK);
-        let size = b.call(
-            "fcntl F_SETPIPE_SZ",
-            libc::SYS_fcntl,
-            &[0, libc::F_SETPIPE_SZ as u64, content.capacity as u64],
-        );
-        b.feed(w, size, 0);
-        let wrote = (bytes > 0).then(|| {
-            let data = b.bytes(&content.bytes);
-            let n = b.call("write", libc::SYS_write, &[0, data, bytes as u64]);
-            b.feed(w, n, 0);
-            n
-        });
-        let close = b.call("close", libc::SYS_close, &[0]);
-        b.feed(w, close, 0);
-        wrote
+        keep_descriptor(b, w, base)
     })?;
-    match wrote {
-        Some(n) if results[n.index()] != bytes as u64 => Err(RestoreError::Host(format!(
-            "a pipe of process {pid} takes {} of {bytes} bytes",
-            results[n.index()]
-        ))),
-        _ => Ok(()),
+    let w = results[keep.index()];
+    let mode = libc::O_NONBLOCK | if content.packets { libc::O_DIRECT } else { 0 };
+    cx.run(pid, |b| {
+        let capacity = content.capacity as u64;
+        b.call("fcntl F_SETPIPE_SZ", libc::SYS_fcntl, &[w, libc::F_SETPIPE_SZ as u64, capacity]);
+        b.call("fcntl F_SETFL", libc::SYS_fcntl, &[w, libc::F_SETFL as u64, mode as u64]);
+    })?;
+    for piece in &content.pieces {
+        let bytes = piece.len();
+        let (results, ()) = cx.run(pid, |b| {
+            let data = b.bytes(piece);
+            b.call("write", libc::SYS_write, &[w, data, bytes as u64]);
+        })?;
+        if results[0] != bytes as u64 {
+            let text = format!("a pipe of process {pid} takes {} of {bytes} bytes", results[0]);
+            return Err(RestoreError::Host(text));
+        }
     }
+    cx.call(pid, "close", libc::SYS_close, &[w])?;
+    Ok(())
 }
 
 impl Resource for PipeResource {
@@ -117,7 +120,7 @@ impl Resource for PipeResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::File(f) = at else { return Ok(()) };
-        let content = if is_first(cx.job, f) { Some(content_of(f)?) } else { None };
+        let content = if is_first(cx.job, f) { Some(content_of(cx.job, f)?) } else { None };
         let record = PipeRecord { opened: Opened::of(cx.job, f)?, content };
         cx.put(Kind::Pipe, VERSION, f.id, f.seen.stat.ino, &record)
     }
@@ -129,7 +132,9 @@ impl Resource for PipeResource {
             libc::O_WRONLY => "write end",
             _ => "both ends",
         };
-        let held = p.content.map_or(String::new(), |c| format!(", {} unread bytes", c.bytes.len()));
+        let held = p.content.map_or(String::new(), |c| {
+            format!(", {} unread bytes", c.pieces.iter().map(Vec::len).sum::<usize>())
+        });
         Ok(format!("{end} of pipe {}{held}", record.id))
     }
 
@@ -180,6 +185,7 @@ impl Resource for PipeResource {
             cx.call(pid, "close", libc::SYS_close, &[fd as u64])?;
         }
         let Some(&(_, fd)) = cx.files.get(&record.owner) else { return Ok(()) };
+        p.opened.set_flags(cx, fd)?;
         p.opened.finish(cx, fd, false)
     }
 }

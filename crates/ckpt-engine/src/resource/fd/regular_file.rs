@@ -56,8 +56,9 @@ impl Resource for RegularFileResource {
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
         for f in job.files.values().filter(|f| f.kind == Some(Kind::RegularFile) && !f.deleted()) {
             // Paths are as init's mount namespace has them, whatever root the process has.
-            let mut outside = format!("/proc/{}/root", job.info.init).into_bytes();
-            outside.extend_from_slice(f.path());
+            let root = format!("/proc/{}/root", job.info.init);
+            let mut outside = root.clone().into_bytes();
+            outside.extend_from_slice(&f.other_name(&root).unwrap_or_else(|| f.path().to_vec()));
             let same = std::fs::metadata(OsStr::from_bytes(&outside)).is_ok_and(|m| {
                 let now = FileStat::of(&m);
                 (now.dev, now.ino) == (f.seen.stat.dev, f.seen.stat.ino)
@@ -76,7 +77,9 @@ impl Resource for RegularFileResource {
         let object = if shared_object::is_nameless(f) { shared_object::of_file(cx.out, f) } else { None };
         let record = RegularFileRecord {
             opened: Opened::of(cx.job, f)?,
-            path: f.path().to_vec(),
+            path: f
+                .other_name(&format!("/proc/{}/root", cx.job.info.init))
+                .unwrap_or_else(|| f.path().to_vec()),
             stat: f.seen.stat.clone(),
             object,
         };

@@ -46,6 +46,11 @@ fn diag<'a>(job: &'a Job, f: &OpenFile) -> Option<&'a UnixSocket> {
     f.seen.link.starts_with(b"socket:").then(|| job.unix_sockets.get(&(f.seen.stat.ino as u32)))?
 }
 
+/// Whether reading nothing means the end: on a stream, and where receiving has been shut down.
+fn reads_end(s: &UnixSocket) -> bool {
+    i32::from(s.kind) == libc::SOCK_STREAM || s.shutdown & 1 != 0
+}
+
 impl Resource for UnixSocketResource {
     nothing_to_do! { content, arm }
 
@@ -75,8 +80,8 @@ impl Resource for UnixSocketResource {
                 continue;
             }
             let Ok(fd) = f.steal() else { continue };
-            let stream = diag(job, f).is_some_and(|s| i32::from(s.kind) == libc::SOCK_STREAM);
-            match ckpt_sys::socket::peek_queue(fd.as_fd(), stream) {
+            let ends = diag(job, f).is_some_and(reads_end);
+            match ckpt_sys::socket::peek_queue(fd.as_fd(), ends) {
                 Ok(queue) if queue.iter().any(|q| q.carries_descriptors) => {
                     let what = "unix socket with descriptors on their way in it (SCM_RIGHTS)";
                     refusals.fd(f.pid, f.fd, what, "dump again when they have been received");
@@ -99,9 +104,8 @@ impl Resource for UnixSocketResource {
         let Some(s) = diag(cx.job, f).cloned() else { return Ok(()) };
         let err = |what: &str| DumpError::fd(f.pid, f.fd, what.to_owned());
         let fd = f.steal()?;
-        let stream = i32::from(s.kind) == libc::SOCK_STREAM;
         let queue =
-            ckpt_sys::socket::peek_queue(fd.as_fd(), stream).map_err(err("reading what is queued"))?;
+            ckpt_sys::socket::peek_queue(fd.as_fd(), reads_end(&s)).map_err(err("reading what is queued"))?;
         let int = |o| ckpt_sys::socket::get_int(fd.as_fd(), o).map_err(err("getsockopt"));
         let time = |o| ckpt_sys::socket::get_timeout(fd.as_fd(), o).map_err(err("getsockopt"));
         let creator = nix::sys::socket::getsockopt(&fd, nix::sys::socket::sockopt::PeerCredentials)
