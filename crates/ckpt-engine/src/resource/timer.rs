@@ -176,8 +176,11 @@ impl Resource for TimerResource {
                 let spec = b.words(&t.spec);
                 b.call("timer_settime", libc::SYS_timer_settime, &[t.id as u64, 0, spec, 0]);
             }
-            for (which, value) in timers.interval.iter().enumerate().filter(|(_, v)| v[2] | v[3] != 0) {
-                let value = b.words(value);
+            for (which, value) in timers.interval.iter().enumerate().filter(|(_, v)| **v != [0; 4]) {
+                // With an interval and no time left it has expired and its signal is pending: the kernel starts it
+                // again when that is delivered. It expires at once here, and then is in the same state.
+                let expired = value[2] | value[3] == 0;
+                let value = b.words(&[value[0], value[1], value[2], if expired { 1 } else { value[3] }]);
                 b.call("setitimer", libc::SYS_setitimer, &[which as u64, value, 0]);
             }
         })?;
