@@ -191,7 +191,7 @@ pub fn init_main(start: impl FnOnce(&mut InitContext) -> Result<Started, StartEr
         spec,
         record,
         entry,
-        _alive: alive,
+        alive: File::from(alive),
         listener,
         signals,
         pty: pty.map(|pty| pty.master),
