@@ -5,6 +5,7 @@ pub mod barrier;
 pub mod collect;
 pub mod discover;
 pub mod freeze;
+pub mod short_write;
 pub mod snapshot;
 pub mod write;
 

@@ -101,6 +101,8 @@ pub struct MemoryMapRecord {
     pub exe: Vec<u8>,
     /// Hash of the vDSO's code, 0 without one.
     pub vdso_hash: u64,
+    /// Code behind the vDSO that continues short writes: address and bytes.
+    pub write_code: Option<(u64, Vec<u8>)>,
 }
 
 impl MemoryMapRecord {
@@ -340,6 +342,11 @@ impl MemoryMapResource {
                 .map_err(DumpError::errno(p.pid, "reading the vDSO"))?,
             None => 0,
         };
+        let write_code = match p.padding() {
+            Some(padding) => crate::dump::short_write::saved(p.host, &padding)
+                .map_err(DumpError::errno(p.pid, "reading behind its vDSO"))?,
+            None => None,
+        };
         let object = cx.out.new_object();
         for (ranges, zeros) in [(plain, ZeroPages::Elide), (over_file, ZeroPages::Record)] {
             if !ranges.is_empty() {
@@ -349,7 +356,7 @@ impl MemoryMapResource {
         }
         use std::os::unix::ffi::OsStrExt;
         let exe = exe.as_os_str().as_bytes().to_vec();
-        let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash };
+        let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash, write_code };
         cx.put(Kind::MemoryMap, VERSION, p.pid as u64, 0, &record)
     }
 
@@ -529,6 +536,11 @@ impl Resource for MemoryMapResource {
                     }
                 }
             })?;
+        }
+        if let Some((at, code)) = &m.write_code {
+            ckpt_sys::memory::Forced::open(Pid::from_raw(pid))
+                .and_then(|memory| memory.write(*at, code))
+                .map_err(RestoreError::io(pid, "writing behind its vDSO"))?;
         }
         let exe = cx.open_in(pid, |b| open_call(b, &m.exe, libc::O_RDONLY))?;
         cx.run(pid, |b| {
