@@ -106,6 +106,24 @@ pub struct MemoryMapRecord {
 }
 
 impl MemoryMapRecord {
+    /// Checks what arithmetic relies on: a checksum guards against accidents, not against malice.
+    ///
+    /// # Errors
+    /// [`RestoreError::Record`] names the mapping.
+    pub fn check(&self, pid: u64) -> Result<(), RestoreError> {
+        for v in &self.vmas {
+            let page = ckpt_sys::memory::PAGE - 1;
+            let sound = v.start < v.end
+                && v.end <= ckpt_sys::arch::TASK_SIZE + page + 1
+                && (v.start | v.end) & page == 0;
+            if !sound {
+                let text = format!("process {pid} has an impossible mapping {:#x}-{:#x}", v.start, v.end);
+                return Err(RestoreError::Record(text));
+            }
+        }
+        Ok(())
+    }
+
     /// Bounds of the vDSO.
     pub fn vdso(&self) -> Option<(u64, u64)> {
         let is = |v: &&VmaRecord| matches!(&v.backing, Backing::Kernel { name } if name == "[vdso]");
@@ -494,6 +512,7 @@ impl Resource for MemoryMapResource {
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {
         let m: MemoryMapRecord = decode(record, VERSION)?;
+        m.check(record.owner)?;
         let bytes: u64 = m.vmas.iter().map(|v| v.end - v.start).sum();
         let exe = String::from_utf8_lossy(&m.exe).into_owned();
         Ok(format!("{exe}: {} mappings, {} KiB of address space", m.vmas.len(), bytes / 1024))
