@@ -165,6 +165,11 @@ impl HostProcess {
             .is_some_and(|stat| stat.start_time == self.start_time && !matches!(stat.state, 'Z' | 'X'))
     }
 
+    /// Whether it is stopped by a signal.
+    pub fn is_stopped(self) -> bool {
+        stat(self.pid).is_some_and(|stat| stat.start_time == self.start_time && stat.state == 'T')
+    }
+
     /// Sends `signal` unless the process is gone.
     pub fn signal(self, signal: Signal) {
         if self.is_alive() {
