@@ -98,7 +98,6 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
     });
     report.clear();
     let job = job?;
-    ckpt_sys::hook::report();
     if args.json {
         report.print_json(&Outcome {
             name: &name,

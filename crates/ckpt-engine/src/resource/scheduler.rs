@@ -38,7 +38,6 @@ pub struct SchedulerRecord {
 #[derive(Debug)]
 pub struct SchedulerResource;
 
-
 impl Resource for SchedulerResource {
     nothing_to_do! { claims, probe, content, create, connect, arm }
 
@@ -54,10 +53,11 @@ impl Resource for SchedulerResource {
         let At::Thread(p, t) = at else { return Ok(()) };
         let err = |what: &str| DumpError::errno(p.pid, format!("thread {}: {what}", t.tid));
         let a = ckpt_sys::task::sched_attr(t.host).map_err(err("sched_getattr"))?;
-        let mask = ckpt_sys::task::affinity(t.host).map_err(err("sched_getaffinity"))?;// What init may use is what nobody in the job has restricted: on another host that may be other CPUs.
+        let mask = ckpt_sys::task::affinity(t.host).map_err(err("sched_getaffinity"))?; // What init may use is what nobody in the job has restricted: on another host that may be other CPUs.
         let init = Pid::from_raw(cx.job.info.init);
         let whole = ckpt_sys::task::affinity(init).map_err(err("sched_getaffinity of init"))?;
-        let slack = cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_TIMERSLACK as u64, 0, 0, 0, 0, 0])?;
+        let slack =
+            cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_TIMERSLACK as u64, 0, 0, 0, 0, 0])?;
         let record = SchedulerRecord {
             policy: a.policy,
             flags: a.flags,

@@ -284,8 +284,11 @@ impl<'a> Build<'a> {
     }
 
     fn end_zombies(&mut self) -> Result<(), RestoreError> {
-        let zombies: Vec<(i32, i32, Vec<u8>)> =
-            self.processes.values().filter_map(|p| p.zombie.map(|status| (p.pid, status, p.comm.clone()))).collect();
+        let zombies: Vec<(i32, i32, Vec<u8>)> = self
+            .processes
+            .values()
+            .filter_map(|p| p.zombie.map(|status| (p.pid, status, p.comm.clone())))
+            .collect();
         for (pid, status, name) in zombies {
             let task = Pid::from_raw(pid);
             self.run(pid, |b| {

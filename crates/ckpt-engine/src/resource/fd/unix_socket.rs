@@ -60,7 +60,8 @@ fn hides_messages(job: &Job, f: &OpenFile, queue: &[Queued]) -> bool {
         _ => return false,
     };
     let peer = diag(job, f).and_then(|s| s.peer).unwrap_or(0);
-    let peer = job.files.values().find(|g| g.seen.stat.ino as u32 == peer && g.kind == Some(Kind::UnixSocket));
+    let peer =
+        job.files.values().find(|g| g.seen.stat.ino as u32 == peer && g.kind == Some(Kind::UnixSocket));
     let Some(Ok(peer)) = peer.map(OpenFile::steal) else { return false };
     ckpt_sys::socket::hides_messages(peer.as_fd(), kind, queue).unwrap_or(true)
 }
