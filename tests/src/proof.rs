@@ -271,7 +271,10 @@ pub fn with_ready_job(
     match Talk::with(sandbox).wait_ready()? {
         Ok(nonce) => match flow(&job, &nonce) {
             Err(Failure(what)) if guest.may_be_refused.is_some_and(|words| is_refusal(&what, words)) => {
-                skipped(guest, sandbox, &format!("ckpt refuses it: {}", what.trim()))
+                let words = guest.may_be_refused.unwrap_or_default();
+                let named = what.lines().filter(|line| line.to_lowercase().contains(words));
+                let why = named.map(str::trim).collect::<Vec<_>>().join("; ");
+                skipped(guest, sandbox, &format!("ckpt refuses it: {why}"))
             }
             result => result,
         },
