@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! SIGKILL on the dumper and on the restoring ckpt at any of its steps. Needs a ckpt with the feature `test-hooks`: there
 //! CKPT_TEST_COUNT=FILE writes the number of steps, CKPT_TEST_KILL_AT=N ends the process at the N-th.
+#![forbid(unsafe_code)]
 
 use std::{fs, path::Path, time::Duration};
 
@@ -12,10 +13,9 @@ use ckpt_tests::{
     process::poll_until,
     proof::{each_user, left_nothing_behind, with_ready_job},
     sandbox::Sandbox,
+    seed::{Random, count_from},
     user::{User, Users},
 };
-
-use crate::seed::{Random, count_from};
 
 /// How long what a killed command leaves may take to go.
 const TRACE_DEADLINE: Duration = Duration::from_secs(10);
