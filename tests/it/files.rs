@@ -10,4 +10,5 @@ ckpt_tests::guest_tests! {
     links => Guest::new("file_links");
     fd_table => Guest::new("file_fd_table"), needs [kinds::FD_TABLE];
     workers => Guest::new("file_workers");
+    undumpable_workers => Guest::new("file_workers").arg("undumpable"), needs [kinds::ATTRIBUTE];
 }
