@@ -101,7 +101,14 @@ impl Job {
             if p.zombie.is_some() {
                 continue;
             }
-            for (number, seen) in file::descriptors(p.host)? {
+            let list = match file::descriptors(p.host) {
+                Err(_) if p.is_closed_now() => {
+                    p.closed = true;
+                    continue;
+                }
+                list => list?,
+            };
+            for (number, seen) in list {
                 let key = (seen.stat.dev, seen.stat.ino, seen.flags, seen.position, seen.target.clone());
                 let ids = groups.entry(key).or_default();
                 let mut same = None;
