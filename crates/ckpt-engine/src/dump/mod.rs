@@ -84,6 +84,7 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     barrier::prepare(&found.job);
     let started = Instant::now();
     let mut frozen = freeze::freeze(&info)?;
+    frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
     let collected = collect::collect(&mut frozen, &mut warnings)?;
     let mut snapshot = snapshot::take(engine, &collected.sources)?;
