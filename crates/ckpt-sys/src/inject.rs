@@ -73,7 +73,17 @@ pub struct Padding {
     pub end: u64,
 }
 
+/// Bytes at the start of the padding for self-finishing blocks; behind them are places for
+/// [`crate::arch::write_block`].
+const LIVE_BYTES: u64 = 800;
+
 impl Padding {
+    /// Where code for short writes may be, each place of [`arch::WRITE_BLOCK_BYTES`]. A place is used once in the life
+    /// of a process: a signal frame somewhere on a stack may lead back to it.
+    pub fn write_places(&self) -> std::ops::Range<u64> {
+        (self.start + LIVE_BYTES).min(self.end)..self.end
+    }
+
     /// Finds it in this process's own vDSO, which nobody has written to, for one of the same length at `vdso`: code
     /// that a dumper left behind when it was killed is no part of the vDSO.
     ///

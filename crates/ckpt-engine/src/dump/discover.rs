@@ -5,6 +5,7 @@ use crate::error::{DumpError, Refusals};
 use crate::model::{Job, JobInfo};
 use crate::resource::{REGISTRY, in_order};
 use crate::snapshot::Engine;
+use ckpt_image::Compression;
 use std::path::Path;
 
 /// A job that can be dumped.
@@ -74,12 +75,19 @@ impl Discovered {
     ///
     /// # Errors
     /// [`DumpError::Memory`], [`DumpError::Space`].
-    pub fn check_room(&self, engine: &dyn Engine, free_bytes: u64, dir: &Path) -> Result<(), DumpError> {
+    pub fn check_room(
+        &self,
+        engine: &dyn Engine,
+        compression: Compression,
+        free_bytes: u64,
+        dir: &Path,
+    ) -> Result<(), DumpError> {
         const RECORDS_BYTES: u64 = 1 << 20;
-        if free_bytes < self.memory_bytes / 8 + RECORDS_BYTES {
-            // Zero pages and compression may save much, so only what can't possibly fit is refused here.
+        // What compression will save is not known before; memory that compresses to less than a quarter is rare.
+        let likely = if compression == Compression::None { self.memory_bytes } else { self.memory_bytes / 4 };
+        if free_bytes < likely + RECORDS_BYTES {
             return Err(DumpError::Space {
-                needed_bytes: self.memory_bytes + RECORDS_BYTES,
+                needed_bytes: likely + RECORDS_BYTES,
                 available_bytes: free_bytes,
                 path: dir.to_owned(),
             });

@@ -3,7 +3,7 @@
 //!
 //! Dropping a [`FrozenJob`] resumes the job, and so does the kernel if the dumper is killed.
 
-use super::discover;
+use super::{discover, short_write};
 use crate::error::{DumpError, Refusals};
 use crate::model::process::{Frozen, Task, children};
 use crate::model::{Job, JobInfo};
@@ -81,6 +81,8 @@ fn reissue_interrupted_call(tid: Pid) -> Result<(), DumpError> {
         {
             ptrace::set_registers(tid, &arch::reissued(&r))?;
         }
+        // An error here leaves a short count, which is no reason to give up.
+        let _ = short_write::continue_write(tid, &r);
         Ok(())
     };
     match step() {
@@ -183,7 +185,7 @@ impl Tasks {
         for t in threads {
             loop {
                 let r = ptrace::registers(t.host).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
-                if !(padding.start..padding.end).contains(&r.rip) {
+                if !(padding.start..padding.write_places().start).contains(&r.rip) {
                     break;
                 }
                 if Instant::now() > until {

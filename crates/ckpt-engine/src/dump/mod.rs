@@ -5,6 +5,7 @@ pub mod barrier;
 pub mod collect;
 pub mod discover;
 pub mod freeze;
+pub mod short_write;
 pub mod snapshot;
 pub mod write;
 
@@ -76,7 +77,7 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let DumpRequest { info, dir, compression, engine, stop, free_bytes, progress } = request;
     let found = discover::discover(&info)?;
-    found.check_room(engine, free_bytes, dir)?;
+    found.check_room(engine, compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
     let writer = write::start(dir, compression)?;
     barrier::prepare(&found.job);

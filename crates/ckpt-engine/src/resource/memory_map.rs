@@ -101,9 +101,29 @@ pub struct MemoryMapRecord {
     pub exe: Vec<u8>,
     /// Hash of the vDSO's code, 0 without one.
     pub vdso_hash: u64,
+    /// Code behind the vDSO that continues short writes: address and bytes.
+    pub write_code: Option<(u64, Vec<u8>)>,
 }
 
 impl MemoryMapRecord {
+    /// Checks what arithmetic relies on: a checksum guards against accidents, not against malice.
+    ///
+    /// # Errors
+    /// [`RestoreError::Record`] names the mapping.
+    pub fn check(&self, pid: u64) -> Result<(), RestoreError> {
+        for v in &self.vmas {
+            let page = ckpt_sys::memory::PAGE - 1;
+            let sound = v.start < v.end
+                && v.end <= ckpt_sys::arch::TASK_SIZE + page + 1
+                && (v.start | v.end) & page == 0;
+            if !sound {
+                let text = format!("process {pid} has an impossible mapping {:#x}-{:#x}", v.start, v.end);
+                return Err(RestoreError::Record(text));
+            }
+        }
+        Ok(())
+    }
+
     /// Bounds of the vDSO.
     pub fn vdso(&self) -> Option<(u64, u64)> {
         let is = |v: &&VmaRecord| matches!(&v.backing, Backing::Kernel { name } if name == "[vdso]");
@@ -340,6 +360,11 @@ impl MemoryMapResource {
                 .map_err(DumpError::errno(p.pid, "reading the vDSO"))?,
             None => 0,
         };
+        let write_code = match p.padding() {
+            Some(padding) => crate::dump::short_write::saved(p.host, &padding)
+                .map_err(DumpError::errno(p.pid, "reading behind its vDSO"))?,
+            None => None,
+        };
         let object = cx.out.new_object();
         for (ranges, zeros) in [(plain, ZeroPages::Elide), (over_file, ZeroPages::Record)] {
             if !ranges.is_empty() {
@@ -349,7 +374,7 @@ impl MemoryMapResource {
         }
         use std::os::unix::ffi::OsStrExt;
         let exe = exe.as_os_str().as_bytes().to_vec();
-        let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash };
+        let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash, write_code };
         cx.put(Kind::MemoryMap, VERSION, p.pid as u64, 0, &record)
     }
 
@@ -487,6 +512,7 @@ impl Resource for MemoryMapResource {
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {
         let m: MemoryMapRecord = decode(record, VERSION)?;
+        m.check(record.owner)?;
         let bytes: u64 = m.vmas.iter().map(|v| v.end - v.start).sum();
         let exe = String::from_utf8_lossy(&m.exe).into_owned();
         Ok(format!("{exe}: {} mappings, {} KiB of address space", m.vmas.len(), bytes / 1024))
@@ -529,6 +555,11 @@ impl Resource for MemoryMapResource {
                     }
                 }
             })?;
+        }
+        if let Some((at, code)) = &m.write_code {
+            ckpt_sys::memory::Forced::open(Pid::from_raw(pid))
+                .and_then(|memory| memory.write(*at, code))
+                .map_err(RestoreError::io(pid, "writing behind its vDSO"))?;
         }
         let exe = cx.open_in(pid, |b| open_call(b, &m.exe, libc::O_RDONLY))?;
         cx.run(pid, |b| {

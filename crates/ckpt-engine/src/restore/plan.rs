@@ -86,6 +86,7 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
     let mut taken: Vec<(u64, u64, bool)> = own.iter().map(|v| (v.start, v.end, v.grows_down())).collect();
     for r in image.of_kind(Kind::MemoryMap) {
         let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
+        m.check(r.owner)?;
         for v in &m.vmas {
             taken.push((v.start, v.end, v.flags & libc::MAP_GROWSDOWN != 0));
             if let Backing::Kernel { name } = &v.backing {
