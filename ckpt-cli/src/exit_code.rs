@@ -67,7 +67,7 @@ impl ExitCode {
 
     /// The code for an error; `fallback` for what has no code of its own.
     pub fn of_error(error: &anyhow::Error, fallback: ExitCode) -> ExitCode {
-        error.chain().find_map(|cause| of_cause(cause)).unwrap_or(fallback)
+        error.chain().find_map(of_cause).unwrap_or(fallback)
     }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
  * Descriptor tables: high numbers, holes, FD_CLOEXEC (also as execve acts on it), F_SETOWN and F_SETSIG, five hundred
- * descriptors, 0 closed, and a table shared by a CLONE_FILES child.
+ * descriptors, 0 closed; with the argument "shared" also a table shared with a CLONE_FILES child.
  */
 #include "mem_pattern.h"
 
@@ -63,9 +63,13 @@ int main(int argc, char **argv)
 	MUST(fcntl(owned[0], F_SETSIG, SIGUSR1));
 	close(0);
 
-	pid_t child = MUST(clone(child_main, stack + sizeof(stack), CLONE_FILES | CLONE_VM | SIGCHLD, NULL));
-	while (*turn != 1)
-		guest_nap();
+	bool shared = argc > 2 && !strcmp(argv[2], "shared");
+	pid_t child = 0;
+	if (shared) {
+		child = MUST(clone(child_main, stack + sizeof(stack), CLONE_FILES | CLONE_VM | SIGCHLD, NULL));
+		while (*turn != 1)
+			guest_nap();
+	}
 
 	guest_ready();
 	guest_wait_go();
@@ -95,6 +99,12 @@ int main(int argc, char **argv)
 		_exit(4);
 	}
 	EXPECT_EQ("descriptors after execve", 0, guest_reap(after));
+	if (!shared) {
+		/* The lowest free number is where it was. */
+		EXPECT_EQ("lowest free", 0, dup(fd[1]));
+		EXPECT_EQ("FD_CLOEXEC of the copy beyond", FD_CLOEXEC, fcntl(HIGH + 1, F_GETFD));
+		guest_ok();
+	}
 	*turn = 2;
 	while (*turn != 3)
 		guest_nap();

@@ -2,6 +2,7 @@
 //! Real programs (`apps/`), each doing real work across dump, SIGKILL of the whole job and restore, at moments chosen at
 //! random among its steps, and through three generations. CKPT_APP_MOMENTS sets the number of moments (3; 20 for a full
 //! run).
+#![forbid(unsafe_code)]
 
 use std::{
     fs,
@@ -16,11 +17,10 @@ use ckpt_tests::{
     process::{HostProcess, Running, poll_until},
     proof::each_user,
     sandbox::Sandbox,
+    seed::{Random, count_from},
     stage::stage,
     user::Users,
 };
-
-use crate::seed::{Random, count_from};
 
 /// How long a program may take for a step, and for all of its work.
 const APP_DEADLINE: Duration = Duration::from_secs(120);

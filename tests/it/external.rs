@@ -7,8 +7,9 @@ use ckpt_tests::{
     Failure, Outcome,
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
     job::{Job, RunOptions},
+    kinds,
     process::{Running, poll_until},
-    proof::each_user,
+    proof::{SKIP_VARIABLE, each_user},
     sandbox::Sandbox,
     stage::stage,
     user::Users,
@@ -25,53 +26,79 @@ fn fifo(sandbox: &Sandbox, path: &Path) -> Outcome<fs::File> {
 }
 
 /// Starts `cat INPUT | COMMAND | cat > OUTPUT`: the job's descriptors are ends of pipes that others hold.
-fn start_piped(sandbox: &Sandbox, input: &Path, command: &[String], output: &Path) -> Outcome<Running> {
+fn start_piped(
+    sandbox: &Sandbox,
+    input: &Path,
+    command: &[String],
+    output: &Path,
+    environment: &[(&str, &str)],
+) -> Outcome<Running> {
     let command: Vec<String> = command.iter().map(|word| format!("'{word}'")).collect();
     let script = format!("cat '{}' | {} | cat > '{}'", input.display(), command.join(" "), output.display());
-    sandbox.start(&["sh".to_owned(), "-c".to_owned(), script], &[])
+    sandbox.start(&["sh".to_owned(), "-c".to_owned(), script], environment)
+}
+
+/// What the tests of this module prove (see `guest_tests!`).
+pub mod proven {
+    /// Its restore cannot be left out unnoticed.
+    pub const KINDS: &[&str] = &[super::kinds::EXTERNAL];
 }
 
 #[test]
 fn standard_input_and_output() {
-    each_user("external-pipes", Users::Both, |sandbox| {
-        let ckpt = stage().ckpt()?.to_string_lossy().into_owned();
-        let work = &sandbox.work;
-        let store = sandbox.store.to_string_lossy().into_owned();
-        let guest = Guest::new("external_pipe").command(sandbox)?;
-        // The harness makes jobs detached; another one is the handle by which it drives this one.
-        let handle =
-            Job::run(sandbox, "handle", RunOptions::default(), &["sleep".to_owned(), "600".to_owned()])?;
-        let first_in = fifo(sandbox, &work.join("in1"))?;
-        let mut run: Vec<String> =
-            [&ckpt, "run", "--name", "ext", "--store", &store, "--"].map(String::from).to_vec();
-        run.extend(guest);
-        let first = start_piped(sandbox, &work.join("in1"), &run, &work.join("out1"))?;
-        let nonce = match Talk::with(sandbox).wait_ready()? {
-            Ok(nonce) => nonce,
-            Err(verdict) => return Err(Failure(format!("the guest says: {verdict:?}"))),
-        };
-        let job = handle.adopt("ext");
-        job.dump(&[])?;
-        job.kill()?;
-        drop(first_in);
-        first.finish(Duration::from_secs(30))?;
+    each_user("external-pipes", Users::Both, |sandbox| across_a_restore(sandbox, &[]));
+}
 
-        fs::write(work.join("in2"), "one\ntwo\nthree\n").map_err(|error| Failure(format!("in2: {error}")))?;
-        let restore = [&ckpt, "restore", "ext"].map(String::from);
-        let second = start_piped(sandbox, &work.join("in2"), &restore, &work.join("out2"))?;
-        let talk = Talk::with(sandbox);
-        talk.go()?;
-        match talk.wait_verdict(&nonce, GUEST_DEADLINE) {
-            Some(Verdict::Ok) => {}
-            other => return Err(Failure(format!("the guest says: {other:?}"))),
+#[test]
+fn standard_input_and_output_need_their_kind() {
+    let label = format!("external-pipes-without-{}", kinds::EXTERNAL);
+    each_user(&label, Users::Both, |sandbox| {
+        match across_a_restore(sandbox, &[(SKIP_VARIABLE, kinds::EXTERNAL)]) {
+            Err(_) => Ok(()),
+            Ok(()) => Err(Failure::new("nothing is missing although the descriptors were not restored")),
         }
-        second.finish(GUEST_DEADLINE)?;
-        let expected = format!("one {nonce}\ntwo {nonce}\nthree {nonce}\n");
-        let mut got = String::new();
-        poll_until(Duration::from_secs(10), || {
-            got = fs::read_to_string(work.join("out2")).unwrap_or_default();
-            (got == expected).then_some(())
-        })
-        .ok_or_else(|| Failure(format!("output of the restored job: expected {expected:?}, got {got:?}")))
     });
+}
+
+/// A job between two pipes is dumped, killed and restored between two others, with `environment` for the restore.
+fn across_a_restore(sandbox: &Sandbox, environment: &[(&str, &str)]) -> Outcome<()> {
+    let ckpt = stage().ckpt()?.to_string_lossy().into_owned();
+    let work = &sandbox.work;
+    let store = sandbox.store.to_string_lossy().into_owned();
+    let guest = Guest::new("external_pipe").command(sandbox)?;
+    // The harness makes jobs detached; another one is the handle by which it drives this one.
+    let handle = Job::run(sandbox, "handle", RunOptions::default(), &["sleep".to_owned(), "600".to_owned()])?;
+    let first_in = fifo(sandbox, &work.join("in1"))?;
+    let mut run: Vec<String> =
+        [&ckpt, "run", "--name", "ext", "--store", &store, "--"].map(String::from).to_vec();
+    run.extend(guest);
+    let first = start_piped(sandbox, &work.join("in1"), &run, &work.join("out1"), &[])?;
+    let nonce = match Talk::with(sandbox).wait_ready()? {
+        Ok(nonce) => nonce,
+        Err(verdict) => return Err(Failure(format!("the guest says: {verdict:?}"))),
+    };
+    let job = handle.adopt("ext");
+    job.dump(&[])?;
+    job.kill()?;
+    drop(first_in);
+    first.finish(Duration::from_secs(30))?;
+
+    fs::write(work.join("in2"), "one\ntwo\nthree\n").map_err(|error| Failure(format!("in2: {error}")))?;
+    let restore = [&ckpt, "restore", "ext"].map(String::from);
+    let second = start_piped(sandbox, &work.join("in2"), &restore, &work.join("out2"), environment)?;
+    let talk = Talk::with(sandbox);
+    talk.go()?;
+    // Where the restore fails there will be no verdict.
+    let finished = second.finish(GUEST_DEADLINE)?;
+    match talk.verdict(Some(&nonce)) {
+        Some(Verdict::Ok) => {}
+        other => return Err(Failure(format!("the guest says: {other:?}\n{}", finished.report()))),
+    }
+    let expected = format!("one {nonce}\ntwo {nonce}\nthree {nonce}\n");
+    let mut got = String::new();
+    poll_until(Duration::from_secs(10), || {
+        got = fs::read_to_string(work.join("out2")).unwrap_or_default();
+        (got == expected).then_some(())
+    })
+    .ok_or_else(|| Failure(format!("output of the restored job: expected {expected:?}, got {got:?}")))
 }

@@ -9,5 +9,8 @@ ckpt_tests::guest_tests! {
     deleted => Guest::new("file_deleted"), needs [kinds::REGULAR_FILE];
     links => Guest::new("file_links");
     fd_table => Guest::new("file_fd_table"), needs [kinds::FD_TABLE];
+    /// Refused for now.
+    shared_fd_table => Guest::new("file_fd_table").arg("shared").may_be_refused("shares");
     workers => Guest::new("file_workers");
+    undumpable_workers => Guest::new("file_workers").arg("undumpable"), needs [kinds::ATTRIBUTE];
 }

@@ -17,11 +17,10 @@ use ckpt_tests::{
     process::Finished,
     proof::{each_user, left_nothing_behind, with_ready_job},
     sandbox::Sandbox,
+    seed::{Random, count_from},
     user::{User, Users},
 };
 use xxhash_rust::xxh3::xxh3_64;
-
-use crate::seed::{Random, count_from};
 
 /// The status for a damaged or too new image.
 const CORRUPT: i32 = 115;

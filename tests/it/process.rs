@@ -14,7 +14,7 @@ ckpt_tests::guest_tests! {
     umask => Guest::new("attribute").arg("umask"), needs [kinds::FS_CONTEXT];
     cwd => Guest::new("attribute").arg("cwd"), needs [kinds::FS_CONTEXT];
     root => Guest::new("attribute").arg("root").only_root(), needs [kinds::FS_CONTEXT];
-    shared_fs => Guest::new("attribute").arg("shared_fs"), needs [kinds::FS_CONTEXT];
+    shared_fs => Guest::new("attribute").arg("shared_fs").may_be_refused("shares");
     keepcaps => Guest::new("attribute").arg("keepcaps"), needs [kinds::CREDENTIAL];
     securebits => Guest::new("attribute").arg("securebits").only_root(), needs [kinds::CREDENTIAL];
     credentials => Guest::new("attribute").arg("credentials").only_root(), needs [kinds::CREDENTIAL];

@@ -10,6 +10,7 @@
 //! - [`job`]: one job under ckpt, for tests that need another flow (real programs, terminals, kills at random moments).
 //! - [`fingerprint`]: a job's state as seen from outside, to show that nothing was left behind in it.
 //! - [`kinds`]: the names of the kernel resources, as the engine's registry has them.
+//! - [`seed`]: random choices that can be repeated.
 //! - [`sandbox`], [`stage`], [`user`], [`process`]: directories, executables, uids and deadlines of a test.
 //!
 //! Nothing here is global state: each test has its own directory, store and registry, and tests run in parallel.
@@ -22,6 +23,7 @@ pub mod kinds;
 pub mod process;
 pub mod proof;
 pub mod sandbox;
+pub mod seed;
 pub mod stage;
 pub mod user;
 
@@ -57,6 +59,8 @@ pub fn announce(line: &str) {
 /// Makes the tests of one guest: `control`, `goes_on`, `restored`, `generations`, `without_interceptor`, `static_build`,
 /// and `needs_its_kinds` where kinds are named.
 ///
+/// The kinds that are named become the module's `proven::KINDS`, which `main.rs` compares with the registry.
+///
 /// ```ignore
 /// guest_tests! {
 ///     umask => Guest::new("umask");
@@ -86,5 +90,13 @@ macro_rules! guest_tests {
             fn needs_its_kinds() { $(proof::prove_needs($kind, &$guest);)+ }
             )?
         })+
+
+        /// What the guests of this module prove.
+        #[allow(unused_imports)]
+        pub mod proven {
+            use $crate::kinds;
+            /// Kinds whose restore can't be left out without a guest here noticing.
+            pub const KINDS: &[&str] = &[$($($($kind,)+)?)+];
+        }
     };
 }

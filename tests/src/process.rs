@@ -142,7 +142,11 @@ struct Stat {
 }
 
 fn stat(pid: i32) -> Option<Stat> {
-    let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    stat_of(Path::new(&format!("/proc/{pid}/stat")))
+}
+
+fn stat_of(path: &Path) -> Option<Stat> {
+    let text = fs::read(path).ok()?;
     let text = String::from_utf8_lossy(&text);
     // The name may hold blanks and parentheses: what follows the last one is plain.
     let fields: Vec<&str> = text[text.rfind(')')? + 1..].split_whitespace().collect();
@@ -163,6 +167,16 @@ impl HostProcess {
     pub fn is_alive(self) -> bool {
         stat(self.pid)
             .is_some_and(|stat| stat.start_time == self.start_time && !matches!(stat.state, 'Z' | 'X'))
+    }
+
+    /// Whether all of its threads are stopped by a signal.
+    pub fn is_stopped(self) -> bool {
+        let same = stat(self.pid).is_some_and(|stat| stat.start_time == self.start_time);
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
+        // A thread that is on its way to its stop still writes to its stack.
+        let mut states =
+            threads.filter_map(|thread| stat_of(&thread.path().join("stat"))).map(|stat| stat.state);
+        same && states.all(|state| matches!(state, 'T' | 'Z' | 'X'))
     }
 
     /// Sends `signal` unless the process is gone.

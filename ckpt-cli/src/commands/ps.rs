@@ -35,10 +35,7 @@ fn row(job: &LiveJob, now: u64) -> Vec<String> {
         (true, false) => "detached",
         (true, true) => "attached",
     };
-    let command = match &record.restored_from {
-        Some(checkpoint) => format!("(restored from {checkpoint})"),
-        None => record.command.join(" "),
-    };
+    let command = record.command.join(" ");
     // Bytes that could move the cursor have no place in a table.
     let command = command.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     vec![

@@ -90,6 +90,7 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
             boottime_ns: image.job.boottime_ns,
         }),
         restored_from: Some(path.display().to_string()),
+        restored_command: image.job.argv.iter().map(|a| String::from_utf8_lossy(a).into_owned()).collect(),
     };
     drop(image);
     let job = ckpt_job::launch(launch, vec![dir.into()], |event| match event {
@@ -98,7 +99,6 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
     });
     report.clear();
     let job = job?;
-    ckpt_sys::hook::report();
     if args.json {
         report.print_json(&Outcome {
             name: &name,

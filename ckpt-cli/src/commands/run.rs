@@ -35,6 +35,7 @@ pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
         domainname: None,
         time: None,
         restored_from: None,
+        restored_command: Vec::new(),
     };
     let job = match &args.name {
         Some(name) => launch(spec(name.clone()), report)?,

@@ -43,7 +43,7 @@ pub enum AttachmentEnd {
 /// # Errors
 /// [`ClientError::NoStatus`] if init was killed.
 pub fn foreground(job: Job) -> Result<AttachmentEnd, ClientError> {
-    let Job { name, init_pid, tty, channel, signals, ignored_signals, inherited, .. } = job;
+    let Job { name, init_pid, tty, channel, signals, early_signals, ignored_signals, inherited, .. } = job;
     let connection = Connection { name: name.clone(), socket: channel };
     let stays_open = |fd: RawFd| match fd {
         0 | 1 => tty,
@@ -56,6 +56,9 @@ pub fn foreground(job: Job) -> Result<AttachmentEnd, ClientError> {
     }
     let mut attachment =
         Attachment { connection, signals, ignored_signals, detach_key: None, unsent: VecDeque::new() };
+    for signal in early_signals {
+        attachment.pass_on(signal, KillScope::Main)?;
+    }
     let end = attachment.run(tty)?;
     if let AttachmentEnd::Exited(WaitOutcome { job_ended: true, .. }) = end {
         // init is our child and about to end: afterwards nothing of the job is left, its name included.

@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use ckpt_abi::init_protocol::{KillScope, Kind, kill_arg};
 use ckpt_sys::local_socket;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
 use serde::{Deserialize, Serialize};
 
 use crate::ExitStatus;
@@ -196,13 +198,24 @@ pub fn live_jobs() -> Result<Vec<LiveJob>, ClientError> {
     Ok(jobs)
 }
 
-/// Sends a signal to a job; see [`KillScope`] for whom it reaches. SIGKILL ends all of it.
+/// How long a killed job is waited for.
+const KILLED: TimeVal = TimeVal::new(10, 0);
+
+/// Sends a signal to a job; see [`KillScope`] for whom it reaches. SIGKILL ends all of it, which is waited for, so that files, ports and
+/// the name are free again afterwards; but no longer than ten seconds, as a process may be stuck in the kernel.
 ///
 /// # Errors
 /// [`RegistryError::NotFound`]; [`ClientError::Refused`] with the errno of kill(2).
 pub fn kill(name: &JobName, signal: u8, scope: KillScope) -> Result<(), ClientError> {
     let connection = Connection::open(&Registry::open()?, name)?;
-    connection.ask(Kind::Kill, kill_arg(signal, scope), Kind::Done).map(drop)
+    connection.ask(Kind::Kill, kill_arg(signal, scope), Kind::Done)?;
+    if i32::from(signal) == libc::SIGKILL {
+        setsockopt(&connection.socket, sockopt::ReceiveTimeout, &KILLED)
+            .map_err(|errno| connection.io(errno))?;
+        // However this ends, the signal has been delivered.
+        let _ = connection.ask(Kind::Wait, 1, Kind::Exited);
+    }
+    Ok(())
 }
 
 /// Waits until the main process of a job has ended, or with `whole_job` all of it. For a job that has ended before, tells how, as

@@ -191,7 +191,7 @@ pub fn init_main(start: impl FnOnce(&mut InitContext) -> Result<Started, StartEr
         spec,
         record,
         entry,
-        _alive: alive,
+        alive: File::from(alive),
         listener,
         signals,
         pty: pty.map(|pty| pty.master),
@@ -341,7 +341,7 @@ fn record(context: &InitContext, main_pid: i32, started: u64) -> JobRecord {
             Work::Command { argv, .. } => {
                 argv.iter().map(|word| word.to_string_lossy().into_owned()).collect()
             }
-            Work::Restore(_) => Vec::new(),
+            Work::Restore(_) => spec.restored_command.clone(),
         },
         restored_from: spec.restored_from.clone(),
         tty: spec.tty,

@@ -98,6 +98,8 @@ pub struct Job {
     pub log: PathBuf,
     pub(crate) channel: OwnedFd,
     pub(crate) signals: SignalFd,
+    /// Arrived during the start and are for the job.
+    pub(crate) early_signals: Vec<i32>,
     pub(crate) ignored_signals: Vec<i32>,
     pub(crate) inherited: Vec<RawFd>,
 }
@@ -160,17 +162,19 @@ pub fn launch(
     drop(parts);
     let mut children = Children { intermediate: Some(intermediate), init: None };
     let mut committed = false;
+    let mut early_signals = Vec::new();
     let main_pid = loop {
-        if !committed {
-            wait_for_either(&ours, &signals)?;
-            if let Some(signal) = fatal_signal(&signals) {
-                return Err(LaunchError::Interrupted(signal));
-            }
-        }
+        // Messages first: a signal that arrives together with the news of the commit is for the job, not for us.
         let message = match channel::receive(ours.as_fd(), committed) {
             Ok(Some(message)) => message,
             Ok(None) => return Err(LaunchError::InitDied(children.how_init_ended())),
-            Err(channel::ReceiveError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(channel::ReceiveError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                if let Some(signal) = take_signals(&signals, &ignored_signals, &mut early_signals) {
+                    return Err(LaunchError::Interrupted(signal));
+                }
+                wait_for_either(&ours, &signals)?;
+                continue;
+            }
             Err(channel::ReceiveError::Io(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
                 return Err(LaunchError::InitDied(children.how_init_ended()));
             }
@@ -180,6 +184,7 @@ pub fn launch(
             // Comes from the intermediate process, which then ends.
             Some(Kind::Done) => {
                 children.init = i32::try_from(message.arg).ok();
+                claim.write_init_pid(message.arg)?;
                 children.reap_intermediate();
             }
             Some(Kind::LaunchProgress) => event(LaunchEvent::Progress(message.text())),
@@ -195,7 +200,18 @@ pub fn launch(
     };
     let init_pid = children.keep();
     claim.keep();
-    Ok(Job { name, init_pid, main_pid, tty, log, channel: ours, signals, ignored_signals, inherited })
+    Ok(Job {
+        name,
+        init_pid,
+        main_pid,
+        tty,
+        log,
+        channel: ours,
+        signals,
+        early_signals,
+        ignored_signals,
+        inherited,
+    })
 }
 
 /// Whether the job gets something else under this number than the launcher has there.
@@ -222,12 +238,19 @@ fn wait_for_either(channel: &OwnedFd, signals: &SignalFd) -> Result<(), LaunchEr
     }
 }
 
-/// Takes the waiting signals; tells of one that ends a program.
-fn fatal_signal(signals: &SignalFd) -> Option<Signal> {
+/// Takes the waiting signals; tells of one that ends a program, and keeps the others for the job.
+fn take_signals(signals: &SignalFd, ignored: &[i32], early: &mut Vec<i32>) -> Option<Signal> {
     while let Ok(Some(info)) = signals.read_signal() {
-        let signal = Signal::try_from(info.ssi_signo as i32).ok()?;
-        if matches!(signal, Signal::SIGHUP | Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM) {
-            return Some(signal);
+        let number = info.ssi_signo as i32;
+        if ignored.contains(&number) {
+            continue;
+        }
+        match Signal::try_from(number) {
+            Ok(signal @ (Signal::SIGHUP | Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM)) => {
+                return Some(signal);
+            }
+            Ok(Signal::SIGCHLD | Signal::SIGWINCH) => {}
+            _ => early.push(number),
         }
     }
     None

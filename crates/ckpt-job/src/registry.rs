@@ -8,6 +8,7 @@
 //!     <job>/
 //!       alive              flock: held by init as long as it lives
 //!       lock               flock: held by whoever dumps the job
+//!       init               pid of init, as its launcher sees it, and when that process started
 //!       job.json           see JobRecord
 //!       sock               init's socket
 //!       exit               how the main process ended; kept for `ckpt wait` after the job's end
@@ -19,14 +20,23 @@
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use ckpt_abi::init_protocol::Kind;
+use ckpt_sys::local_socket;
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeVal;
 
 use crate::ExitStatus;
+use crate::channel::{self, ReceiveError};
 use crate::name::JobName;
 use crate::spec::JobRecord;
 
+/// How long the name of a job that is being killed is waited for: large memory takes a while to be given back.
+const DYING: Duration = Duration::from_secs(10);
 /// How long the exit status of an ended job is kept.
 const KEEP_ENDED: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -153,13 +163,25 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::NameTaken`] if a live job has the name.
     pub fn claim(&self, name: &JobName) -> Result<Claim, RegistryError> {
-        let _changing = self.changing()?;
-        let path = self.entry(name);
-        if path.exists() {
-            if !self.is_dead(name)? {
-                return Err(RegistryError::NameTaken(name.clone()));
+        let deadline = Instant::now() + DYING;
+        loop {
+            let changing = self.changing()?;
+            match self.occupant(name)? {
+                Occupant::None => return self.make_entry(name),
+                Occupant::Dying if Instant::now() < deadline => {
+                    drop(changing);
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Occupant::Dying | Occupant::Living => return Err(RegistryError::NameTaken(name.clone())),
             }
-            fs::remove_dir_all(&path).map_err(at(&path))?;
+        }
+    }
+
+    fn make_entry(&self, name: &JobName) -> Result<Claim, RegistryError> {
+        let path = self.entry(name);
+        match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&path)(error)),
+            _ => {}
         }
         DirBuilder::new().mode(0o700).create(&path).map_err(at(&path))?;
         let directory = File::open(&path).map_err(at(&path))?;
@@ -167,6 +189,20 @@ impl Registry {
         let alive = open_lock(&alive_path)?;
         alive.try_lock().map_err(|error| at(&alive_path)(error.into()))?;
         Ok(Claim { registry: self.clone(), name: name.clone(), directory, alive, kept: false })
+    }
+
+    /// Who has a name. A job whose init was killed loses its lock and its socket before its last processes are gone.
+    fn occupant(&self, name: &JobName) -> Result<Occupant, RegistryError> {
+        let path = self.entry(name);
+        if !path.exists() {
+            return Ok(Occupant::None);
+        }
+        if self.is_dead(name)? {
+            return Ok(if init_exists(&path) { Occupant::Dying } else { Occupant::None });
+        }
+        // An entry without job.json belongs to a job that is just starting.
+        let served = init_answers(&path) || !path.join("job.json").exists();
+        Ok(if served { Occupant::Living } else { Occupant::Dying })
     }
 
     /// Whether nobody holds the entry's `alive` lock.
@@ -278,7 +314,56 @@ pub fn lock_for_dump(name: &JobName) -> Result<LockGuard, RegistryError> {
     Registry::open()?.lock_for_dump(name)
 }
 
+enum Occupant {
+    None,
+    Dying,
+    Living,
+}
+
+/// Whether there is an init behind the entry's socket. A killed one may still be listening, but does not answer; a busy one gets
+/// the benefit of the doubt.
+fn init_answers(entry: &Path) -> bool {
+    let Ok(directory) = File::open(entry) else { return false };
+    let Ok(socket) = local_socket::connect_in(directory.as_fd(), "sock".as_ref()) else { return false };
+    if setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(2, 0)).is_err() {
+        return true;
+    }
+    if channel::send(&socket, Kind::Status, 0, b"").is_err() {
+        return false;
+    }
+    match channel::receive(socket.as_fd(), true) {
+        Ok(message) => message.is_some(),
+        Err(ReceiveError::Io(error)) => error.kind() == io::ErrorKind::WouldBlock,
+        Err(ReceiveError::Header(_)) => true,
+    }
+}
+
+/// Whether the process that was this entry's init still exists, be it on its way out. A zombie has nothing left in its pid
+/// namespace and does not count.
+fn init_exists(entry: &Path) -> bool {
+    let Ok(text) = fs::read_to_string(entry.join("init")) else { return false };
+    let Some((pid, started)) = text.trim().split_once(' ') else { return false };
+    let Ok(pid) = pid.parse() else { return false };
+    matches!(state_and_start(pid), Some((state, start)) if state != 'Z' && state != 'X' && start == started)
+}
+
+/// State and start time (clock ticks since boot, as text) of a process; see proc_pid_stat(5).
+fn state_and_start(pid: i64) -> Option<(char, String)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+    let state = fields.next()?.chars().next()?;
+    // Field 22; the state was field 3.
+    Some((state, fields.nth(18)?.to_owned()))
+}
+
 impl Claim {
+    /// Notes who init is, so that later its end can be waited for.
+    pub(crate) fn write_init_pid(&self, pid: i64) -> Result<(), RegistryError> {
+        let path = self.registry.entry(&self.name);
+        let Some((_, start)) = state_and_start(pid) else { return Ok(()) };
+        write_entry_file(&path, "init", format!("{pid} {start}\n").as_bytes()).map_err(at(&path))
+    }
+
     /// The job lives now: the entry stays, and init alone holds `alive`.
     pub fn keep(mut self) {
         self.kept = true;
@@ -400,6 +485,27 @@ mod tests {
         assert_eq!(registry.live_names().unwrap(), [name("running")]);
         assert!(!registry.entry(&name("ended")).exists());
         drop(running);
+    }
+
+    #[test]
+    fn a_dying_job_is_waited_for() {
+        let scratch = Scratch::new("dying");
+        let registry = scratch.registry();
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let claim = registry.claim(&name("a")).unwrap();
+        claim.write_init_pid(i64::from(child.id())).unwrap();
+        claim.keep();
+        assert!(init_exists(&registry.entry(&name("a"))));
+        let (send, receive) = std::sync::mpsc::channel();
+        let waiting = registry.clone();
+        let waiter =
+            std::thread::spawn(move || send.send(waiting.claim(&name("a")).map(Claim::keep)).unwrap());
+        assert!(receive.try_recv().is_err(), "claimed while init still exists");
+        child.kill().unwrap();
+        receive.recv().unwrap().unwrap();
+        waiter.join().unwrap();
+        child.wait().unwrap();
+        assert!(!init_exists(&registry.entry(&name("a"))));
     }
 
     #[test]

@@ -60,6 +60,8 @@ pub struct LaunchSpec {
     pub log: PathBuf,
     /// The checkpoint that this job came from, as the user named it.
     pub restored_from: Option<String>,
+    /// The command of a restored job, as text; that of others is in `work`.
+    pub restored_command: Vec<String>,
 }
 
 impl LaunchSpec {
@@ -132,7 +134,7 @@ pub struct JobRecord {
     pub store: PathBuf,
     /// Where its output goes while nobody is attached.
     pub log: PathBuf,
-    /// The command, as text; empty for a restored job.
+    /// The command, as text.
     pub command: Vec<String>,
     /// The checkpoint that it came from.
     pub restored_from: Option<String>,

@@ -48,7 +48,7 @@ pub(crate) struct Resources {
     pub record: JobRecord,
     pub entry: File,
     /// Held as long as init lives.
-    pub _alive: OwnedFd,
+    pub alive: File,
     pub listener: OwnedFd,
     pub signals: SignalFd,
     pub pty: Option<OwnedFd>,
@@ -121,6 +121,7 @@ struct Supervisor {
     spec: LaunchSpec,
     record: JobRecord,
     entry: File,
+    alive: File,
     clients: Vec<Client>,
     main_running: bool,
     main_status: Option<ExitStatus>,
@@ -137,7 +138,7 @@ pub(crate) fn entry_path(entry: &File) -> PathBuf {
 
 /// Serves the job until its last process has ended. Never returns.
 pub(crate) fn run(resources: Resources) -> ! {
-    let Resources { spec, record, entry, _alive, listener, signals, pty, launcher, main_exited } = resources;
+    let Resources { spec, record, entry, alive, listener, signals, pty, launcher, main_exited } = resources;
     let mut clients = Vec::new();
     if let Some(socket) = launcher {
         // A launcher in the foreground need not ask: the job might be over before it could.
@@ -150,6 +151,7 @@ pub(crate) fn run(resources: Resources) -> ! {
         spec,
         record,
         entry,
+        alive,
         clients,
         main_running: main_exited.is_none(),
         main_status: None,
@@ -197,7 +199,8 @@ impl Supervisor {
         let first_client = polled.len();
         for client in &self.clients {
             let mut events = PollFlags::empty();
-            if !(client.attached && self.input.len() > MAX_INPUT_BYTES) && !client.closing {
+            let has_enough = client.attached && self.input.len() > MAX_INPUT_BYTES;
+            if !has_enough && !client.closing {
                 events |= PollFlags::POLLIN;
             }
             if !client.outbox.is_empty() {
@@ -299,6 +302,8 @@ impl Supervisor {
         self.main_running = false;
         self.drain_terminal();
         let _ = std::fs::remove_file(entry_path(&self.entry).join("sock"));
+        // Whoever hears of the end can use the name at once.
+        let _ = self.alive.unlock();
         self.tell_waiters(WaitsFor::WholeJob);
         let deadline = Instant::now() + FAREWELL;
         loop {

@@ -163,6 +163,32 @@ fn peek_all(fd: BorrowedFd<'_>, ends: bool) -> Result<Vec<Queued>> {
     }
 }
 
+/// Whether the queue that `peer` fills holds more messages than `seen`: an empty one that somebody has peeked at before
+/// is skipped by later peeks (SO_PEEK_OFF), but its memory is still charged to the sender (SIOCOUTQ). What the messages
+/// seen should cost is found out by sending the same to ourselves.
+///
+/// # Errors
+/// Those of socketpair(2), send(2).
+pub fn hides_messages(peer: BorrowedFd<'_>, kind: SockType, seen: &[Queued]) -> Result<bool> {
+    use nix::sys::socket::{MsgFlags, send, socketpair};
+    let charged = out_queue_bytes(peer)?;
+    let (a, _z) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)?;
+    use std::os::fd::AsFd;
+    set_int(a.as_fd(), libc::SO_SNDBUF, get_int(peer, libc::SO_SNDBUF)? / 2)?;
+    for m in seen {
+        send(a.as_raw_fd(), &m.bytes, MsgFlags::MSG_DONTWAIT)?;
+    }
+    Ok(charged > out_queue_bytes(a.as_fd())?)
+}
+
+/// Memory charged to a unix socket for what its peer has not read (SIOCOUTQ).
+fn out_queue_bytes(fd: BorrowedFd<'_>) -> Result<i32> {
+    let mut n = 0i32;
+    // SAFETY: SIOCOUTQ (TIOCOUTQ) writes one int.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut n) })?;
+    Ok(n)
+}
+
 /// getsockopt(2) of an int at SOL_SOCKET.
 ///
 /// # Errors

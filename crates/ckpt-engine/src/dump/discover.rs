@@ -2,9 +2,11 @@
 //! Discover: the whole job, and everything in it that can't be saved, before anything is stopped.
 
 use crate::error::{DumpError, Refusals};
+use crate::model::build_id::BuildIds;
 use crate::model::{Job, JobInfo};
 use crate::resource::{REGISTRY, in_order};
 use crate::snapshot::Engine;
+use ckpt_image::Compression;
 use std::path::Path;
 
 /// A job that can be dumped.
@@ -23,7 +25,7 @@ pub struct Discovered {
 pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
     // Processes come and go while they are looked at: only what is refused, or fails, twice in a row counts.
     let mut before = None;
-    let job = loop {
+    let mut job = loop {
         let mut refusals = Refusals::default();
         let found =
             Job::observe(info, &mut refusals).and_then(|mut job| examine(&mut job, refusals).map(|()| job));
@@ -39,6 +41,7 @@ pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
             }
         }
     };
+    job.build_ids = BuildIds::of_job(&job);
     let memory_bytes = job.live().flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum();
     Ok(Discovered { job, memory_bytes })
 }
@@ -74,12 +77,19 @@ impl Discovered {
     ///
     /// # Errors
     /// [`DumpError::Memory`], [`DumpError::Space`].
-    pub fn check_room(&self, engine: &dyn Engine, free_bytes: u64, dir: &Path) -> Result<(), DumpError> {
+    pub fn check_room(
+        &self,
+        engine: &dyn Engine,
+        compression: Compression,
+        free_bytes: u64,
+        dir: &Path,
+    ) -> Result<(), DumpError> {
         const RECORDS_BYTES: u64 = 1 << 20;
-        if free_bytes < self.memory_bytes / 8 + RECORDS_BYTES {
-            // Zero pages and compression may save much, so only what can't possibly fit is refused here.
+        // What compression will save is not known before; memory that compresses to less than a quarter is rare.
+        let likely = if compression == Compression::None { self.memory_bytes } else { self.memory_bytes / 4 };
+        if free_bytes < likely + RECORDS_BYTES {
             return Err(DumpError::Space {
-                needed_bytes: self.memory_bytes + RECORDS_BYTES,
+                needed_bytes: likely + RECORDS_BYTES,
                 available_bytes: free_bytes,
                 path: dir.to_owned(),
             });

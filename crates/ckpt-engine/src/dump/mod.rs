@@ -4,7 +4,9 @@
 pub mod barrier;
 pub mod collect;
 pub mod discover;
+pub mod dumpable;
 pub mod freeze;
+pub mod short_write;
 pub mod snapshot;
 pub mod write;
 
@@ -76,14 +78,15 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let DumpRequest { info, dir, compression, engine, stop, free_bytes, progress } = request;
     let found = discover::discover(&info)?;
-    found.check_room(engine, free_bytes, dir)?;
+    found.check_room(engine, compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
     let writer = write::start(dir, compression)?;
     barrier::prepare(&found.job);
     let started = Instant::now();
-    let frozen = freeze::freeze(&info)?;
+    let mut frozen = freeze::freeze(&info)?;
+    frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
-    let collected = collect::collect(&frozen, &mut warnings)?;
+    let collected = collect::collect(&mut frozen, &mut warnings)?;
     let mut snapshot = snapshot::take(engine, &collected.sources)?;
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };

@@ -127,6 +127,13 @@ pub fn read_smaps(host: i32) -> std::io::Result<Vec<Vma>> {
     Ok(out)
 }
 
+/// Bounds of a process's vDSO, from /proc/pid/maps.
+pub fn read_smaps_of_vdso(host: i32) -> Option<std::ops::Range<u64>> {
+    let text = std::fs::read_to_string(format!("/proc/{host}/maps")).ok()?;
+    let v = text.lines().filter_map(parse_head).find(|v| v.name == "[vdso]")?;
+    Some(v.start..v.end)
+}
+
 /// A hole of `bytes` (plus a page on each side) between mappings given as (start, end, grows down).
 pub fn hole(vmas: impl Iterator<Item = (u64, u64, bool)>, bytes: u64) -> Option<u64> {
     const STACK_ROOM: u64 = 1 << 30;

@@ -82,6 +82,8 @@ pub struct MappedFile {
     pub path: Vec<u8>,
     /// What it was.
     pub stat: FileStat,
+    /// Its build-id, if it is an ELF file that has one.
+    pub build_id: Option<Vec<u8>>,
 }
 
 /// The address space of a process.
@@ -101,9 +103,29 @@ pub struct MemoryMapRecord {
     pub exe: Vec<u8>,
     /// Hash of the vDSO's code, 0 without one.
     pub vdso_hash: u64,
+    /// Code behind the vDSO that continues short writes: address and bytes.
+    pub write_code: Option<(u64, Vec<u8>)>,
 }
 
 impl MemoryMapRecord {
+    /// Checks what arithmetic relies on: a checksum guards against accidents, not against malice.
+    ///
+    /// # Errors
+    /// [`RestoreError::Record`] names the mapping.
+    pub fn check(&self, pid: u64) -> Result<(), RestoreError> {
+        for v in &self.vmas {
+            let page = ckpt_sys::memory::PAGE - 1;
+            let sound = v.start < v.end
+                && v.end <= ckpt_sys::arch::TASK_SIZE + page + 1
+                && (v.start | v.end) & page == 0;
+            if !sound {
+                let text = format!("process {pid} has an impossible mapping {:#x}-{:#x}", v.start, v.end);
+                return Err(RestoreError::Record(text));
+            }
+        }
+        Ok(())
+    }
+
     /// Bounds of the vDSO.
     pub fn vdso(&self) -> Option<(u64, u64)> {
         let is = |v: &&VmaRecord| matches!(&v.backing, Backing::Kernel { name } if name == "[vdso]");
@@ -152,11 +174,6 @@ const ADVICE: &[(&str, i32)] = &[
     ("nh", libc::MADV_NOHUGEPAGE),
     ("mg", libc::MADV_MERGEABLE),
 ];
-
-/// Where a named file can be looked at from outside: paths are as init has them, whatever root the process has.
-fn outside(job: &Job, path: &str) -> String {
-    format!("/proc/{}/root{path}", job.info.init)
-}
 
 /// The kind.
 #[derive(Debug)]
@@ -214,7 +231,7 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
         }
     }
     if v.is_file() && !v.deleted && !super::shared_object::is_memory_object(v) {
-        match std::fs::metadata(outside(job, &v.name)) {
+        match std::fs::metadata(job.outside(&v.name)) {
             Ok(m) if FileStat::of(&m).ino == v.ino => {}
             _ => refusals.process(
                 p.pid,
@@ -288,8 +305,10 @@ impl MemoryMapResource {
                 let file = match files.iter().position(|f| f.path == path) {
                     Some(i) => i,
                     None => {
-                        let m = std::fs::metadata(outside(cx.job, &v.name)).map_err(err(&v.name))?;
-                        files.push(MappedFile { path, stat: FileStat::of(&m) });
+                        let outside = cx.job.outside(&v.name);
+                        let stat = FileStat::of(&std::fs::metadata(&outside).map_err(err(&v.name))?);
+                        let build_id = cx.job.build_ids.get(outside.as_ref(), &stat);
+                        files.push(MappedFile { path, stat, build_id });
                         files.len() - 1
                     }
                 };
@@ -340,6 +359,11 @@ impl MemoryMapResource {
                 .map_err(DumpError::errno(p.pid, "reading the vDSO"))?,
             None => 0,
         };
+        let write_code = match p.padding() {
+            Some(padding) => crate::dump::short_write::saved(p.host, &padding)
+                .map_err(DumpError::errno(p.pid, "reading behind its vDSO"))?,
+            None => None,
+        };
         let object = cx.out.new_object();
         for (ranges, zeros) in [(plain, ZeroPages::Elide), (over_file, ZeroPages::Record)] {
             if !ranges.is_empty() {
@@ -349,7 +373,7 @@ impl MemoryMapResource {
         }
         use std::os::unix::ffi::OsStrExt;
         let exe = exe.as_os_str().as_bytes().to_vec();
-        let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash };
+        let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash, write_code };
         cx.put(Kind::MemoryMap, VERSION, p.pid as u64, 0, &record)
     }
 
@@ -487,6 +511,7 @@ impl Resource for MemoryMapResource {
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {
         let m: MemoryMapRecord = decode(record, VERSION)?;
+        m.check(record.owner)?;
         let bytes: u64 = m.vmas.iter().map(|v| v.end - v.start).sum();
         let exe = String::from_utf8_lossy(&m.exe).into_owned();
         Ok(format!("{exe}: {} mappings, {} KiB of address space", m.vmas.len(), bytes / 1024))
@@ -529,6 +554,11 @@ impl Resource for MemoryMapResource {
                     }
                 }
             })?;
+        }
+        if let Some((at, code)) = &m.write_code {
+            ckpt_sys::memory::Forced::open(Pid::from_raw(pid))
+                .and_then(|memory| memory.write(*at, code))
+                .map_err(RestoreError::io(pid, "writing behind its vDSO"))?;
         }
         let exe = cx.open_in(pid, |b| open_call(b, &m.exe, libc::O_RDONLY))?;
         cx.run(pid, |b| {

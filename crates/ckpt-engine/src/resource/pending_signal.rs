@@ -7,6 +7,7 @@ use crate::kind::Kind;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::area::MAX_CALLS;
 use ckpt_sys::{libc, ptrace};
 
 /// Version of [`PendingSignalRecord`].
@@ -60,17 +61,19 @@ impl Resource for PendingSignalResource {
         let s: PendingSignalRecord = decode(record, VERSION)?;
         let (owner, pid) = (record.owner, record.id);
         // Sent by the task to itself: to others the kernel lets nobody forge a siginfo.
-        cx.run(owner as i32, |b| {
-            for info in &s.queue {
-                let signal = u64::from(info.first().copied().unwrap_or(0));
-                let at = b.bytes(info);
-                if pid == 0 {
-                    b.call("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, &[owner, signal, at]);
-                } else {
-                    b.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &[pid, owner, signal, at]);
+        for chunk in s.queue.chunks(MAX_CALLS) {
+            cx.run(owner as i32, |b| {
+                for info in chunk {
+                    let signal = u64::from(info.first().copied().unwrap_or(0));
+                    let at = b.bytes(info);
+                    if pid == 0 {
+                        b.call("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, &[owner, signal, at]);
+                    } else {
+                        b.call("rt_tgsigqueueinfo", libc::SYS_rt_tgsigqueueinfo, &[pid, owner, signal, at]);
+                    }
                 }
-            }
-        })?;
+            })?;
+        }
         Ok(())
     }
 }

@@ -26,7 +26,7 @@ pub struct SchedulerRecord {
     pub priority: u32,
     /// Runtime, deadline, period of SCHED_DEADLINE in nanoseconds.
     pub deadline: [u64; 3],
-    /// CPU mask; empty if it was all CPUs of the host.
+    /// CPU mask; empty if it was that of the job's init.
     pub affinity: Vec<u8>,
     /// ioprio_get(2).
     pub io_priority: i32,
@@ -37,11 +37,6 @@ pub struct SchedulerRecord {
 /// The kind.
 #[derive(Debug)]
 pub struct SchedulerResource;
-
-/// CPUs this process may use when nobody restricts it: those of pid 1's, else all online.
-fn host_cpus() -> Vec<u8> {
-    ckpt_sys::task::affinity(Pid::from_raw(0)).unwrap_or_default()
-}
 
 impl Resource for SchedulerResource {
     nothing_to_do! { claims, probe, content, create, connect, arm }
@@ -58,7 +53,9 @@ impl Resource for SchedulerResource {
         let At::Thread(p, t) = at else { return Ok(()) };
         let err = |what: &str| DumpError::errno(p.pid, format!("thread {}: {what}", t.tid));
         let a = ckpt_sys::task::sched_attr(t.host).map_err(err("sched_getattr"))?;
-        let mask = ckpt_sys::task::affinity(t.host).map_err(err("sched_getaffinity"))?;
+        let mask = ckpt_sys::task::affinity(t.host).map_err(err("sched_getaffinity"))?; // What init may use is what nobody in the job has restricted: on another host that may be other CPUs.
+        let init = Pid::from_raw(cx.job.info.init);
+        let whole = ckpt_sys::task::affinity(init).map_err(err("sched_getaffinity of init"))?;
         let slack =
             cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_TIMERSLACK as u64, 0, 0, 0, 0, 0])?;
         let record = SchedulerRecord {
@@ -67,7 +64,7 @@ impl Resource for SchedulerResource {
             nice: ckpt_sys::task::nice(t.host).map_err(err("getpriority"))?,
             priority: a.priority,
             deadline: [a.runtime, a.deadline, a.period],
-            affinity: if mask == host_cpus() { Vec::new() } else { mask },
+            affinity: if mask == whole { Vec::new() } else { mask },
             io_priority: ckpt_sys::task::io_priority(t.host).map_err(err("ioprio_get"))?,
             timer_slack_ns: slack,
         };

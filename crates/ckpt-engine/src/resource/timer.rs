@@ -9,6 +9,7 @@ use crate::model::file::info_value;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::area::MAX_CALLS;
 use ckpt_sys::libc;
 
 /// Version of [`TimerRecord`].
@@ -171,13 +172,20 @@ impl Resource for TimerResource {
                 next = id + 1;
             }
         }
+        for chunk in timers.posix.chunks(MAX_CALLS) {
+            cx.run(pid, |b| {
+                for t in chunk.iter().filter(|t| t.spec[2] | t.spec[3] != 0) {
+                    let spec = b.words(&t.spec);
+                    b.call("timer_settime", libc::SYS_timer_settime, &[t.id as u64, 0, spec, 0]);
+                }
+            })?;
+        }
         cx.run(pid, |b| {
-            for t in timers.posix.iter().filter(|t| t.spec[2] | t.spec[3] != 0) {
-                let spec = b.words(&t.spec);
-                b.call("timer_settime", libc::SYS_timer_settime, &[t.id as u64, 0, spec, 0]);
-            }
-            for (which, value) in timers.interval.iter().enumerate().filter(|(_, v)| v[2] | v[3] != 0) {
-                let value = b.words(value);
+            for (which, value) in timers.interval.iter().enumerate().filter(|(_, v)| **v != [0; 4]) {
+                // With an interval and no time left it has expired and its signal is pending: the kernel starts it
+                // again when that is delivered. It expires at once here, and then is in the same state.
+                let expired = value[2] | value[3] == 0;
+                let value = b.words(&[value[0], value[1], value[2], if expired { 1 } else { value[3] }]);
                 b.call("setitimer", libc::SYS_setitimer, &[which as u64, value, 0]);
             }
         })?;

@@ -284,10 +284,17 @@ impl<'a> Build<'a> {
     }
 
     fn end_zombies(&mut self) -> Result<(), RestoreError> {
-        let zombies: Vec<(i32, i32)> =
-            self.processes.values().filter_map(|p| p.zombie.map(|status| (p.pid, status))).collect();
-        for (pid, status) in zombies {
+        let zombies: Vec<(i32, i32, Vec<u8>)> = self
+            .processes
+            .values()
+            .filter_map(|p| p.zombie.map(|status| (p.pid, status, p.comm.clone())))
+            .collect();
+        for (pid, status, name) in zombies {
             let task = Pid::from_raw(pid);
+            self.run(pid, |b| {
+                let name = b.string(&name);
+                b.call("PR_SET_NAME", libc::SYS_prctl, &[libc::PR_SET_NAME as u64, name]);
+            })?;
             let err = |what: &str| RestoreError::errno(pid, what.to_owned());
             if status & 0x7f == 0 {
                 self.exit_with(pid, (status >> 8) & 0xff)?;

@@ -185,8 +185,9 @@ global_asm!(
 );
 
 // The self-finishing block of a live task. Whatever instruction the tracer dies at, the task falls through here:
-// unmaps the scratch page, puts flags, signal mask and registers back and goes on where it was. It writes to no memory
-// of the application; in particular it leaves the stack alone, which may be a few bytes that someone else manages.
+// unmaps the scratch page, makes the one call it was given, puts flags, signal mask and registers back and goes on where
+// it was. It writes to no memory of the application; in particular it leaves the stack alone, which may be a few bytes
+// that someone else manages.
 // Flags are restored while signals are still masked, as `popfq` needs rsp to point here for a moment.
 global_asm!(
     ".pushsection .rodata.ckpt_live, \"a\", @progbits",
@@ -199,6 +200,14 @@ global_asm!(
     "mov eax, 11",
     "mov rdi, [rip + ckpt_live_data + 0]",
     "mov rsi, [rip + ckpt_live_data + 8]",
+    "syscall",
+    "mov rax, [rip + ckpt_live_data + 168]",
+    "mov rdi, [rip + ckpt_live_data + 176]",
+    "mov rsi, [rip + ckpt_live_data + 184]",
+    "mov rdx, [rip + ckpt_live_data + 192]",
+    "mov r10, [rip + ckpt_live_data + 200]",
+    "mov r8, [rip + ckpt_live_data + 208]",
+    "mov r9, [rip + ckpt_live_data + 216]",
     "syscall",
     "lea rsp, [rip + ckpt_live_data + 24]",
     "popfq",
@@ -227,12 +236,41 @@ global_asm!(
     "jmp qword ptr [rip + ckpt_live_data + 40]",
     ".balign 8",
     "ckpt_live_data:",
-    ".fill 22, 8, 0",
+    ".fill 28, 8, 0",
     "ckpt_live_end:",
     ".popsection",
 );
 
+// The rest of a write that a stop cut short. Writes what is left and returns the sum, with the registers that the
+// application had; an error after a part has been written is a short count, as the kernel has it.
+global_asm!(
+    ".pushsection .rodata.ckpt_write, \"a\", @progbits",
+    ".globl ckpt_write_start",
+    ".globl ckpt_write_data",
+    ".globl ckpt_write_end",
+    ".balign 8",
+    "ckpt_write_start:",
+    "mov eax, [rip + ckpt_write_data + 0]",
+    "syscall",
+    "test rax, rax",
+    "js 2f",
+    "add rax, [rip + ckpt_write_data + 8]",
+    "jmp 3f",
+    "2: mov rax, [rip + ckpt_write_data + 8]",
+    "3: mov rsi, [rip + ckpt_write_data + 16]",
+    "mov rdx, [rip + ckpt_write_data + 24]",
+    "jmp qword ptr [rip + ckpt_write_data + 32]",
+    ".balign 8",
+    "ckpt_write_data:",
+    ".fill 5, 8, 0",
+    "ckpt_write_end:",
+    ".popsection",
+);
+
 unsafe extern "C" {
+    static ckpt_write_start: u8;
+    static ckpt_write_data: u8;
+    static ckpt_write_end: u8;
     static ckpt_blank_start: u8;
     static ckpt_blank_end: u8;
     static ckpt_live_start: u8;
@@ -256,6 +294,8 @@ pub struct LiveFinish {
     pub scratch: (u64, u64),
     /// The task's signal mask.
     pub mask: u64,
+    /// A last system call, with all signals masked: number and arguments. Its result is not looked at.
+    pub last: (i64, [u64; 6]),
     /// Registers to go on with, when no tracer is there to let the kernel restart a call.
     pub registers: Registers,
 }
@@ -300,9 +340,10 @@ pub fn live_block(f: &LiveFinish, quiet: bool) -> Vec<u8> {
         r.rdx,
         r.rsi,
         r.rdi,
+        f.last.0 as u64,
     ];
     let mut block = code.to_vec();
-    for (i, w) in words.iter().enumerate() {
+    for (i, w) in words.iter().chain(&f.last.1).enumerate() {
         block[data + i * 8..data + i * 8 + 8].copy_from_slice(&w.to_le_bytes());
     }
     block
@@ -314,6 +355,83 @@ pub fn blank_registers(base: &Registers, code: u64, entries: u64, count: u64) ->
     r.rip = code;
     r.rbx = entries;
     r.r13 = count;
+    r.orig_rax = u64::MAX;
+    r
+}
+
+/// A write that has been done in part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PartialWrite {
+    /// The system call: its second and third arguments are buffer and length in bytes.
+    pub nr: u64,
+    /// Bytes written so far.
+    pub done: u64,
+    /// Buffer and length as the application gave them.
+    pub buffer: (u64, u64),
+    /// Where the application goes on.
+    pub rip: u64,
+}
+
+/// Bytes of the code that [`write_block`] makes.
+pub const WRITE_BLOCK_BYTES: usize = 112;
+
+fn write_code() -> (&'static [u8], usize) {
+    // SAFETY: the three symbols bound the one read-only section defined above, in this order.
+    unsafe {
+        let start = &raw const ckpt_write_start;
+        let length = (&raw const ckpt_write_end).offset_from(start) as usize;
+        let data = (&raw const ckpt_write_data).offset_from(start) as usize;
+        (std::slice::from_raw_parts(start, length), data)
+    }
+}
+
+/// Code that writes the rest and goes on in the application.
+pub fn write_block(w: &PartialWrite) -> [u8; WRITE_BLOCK_BYTES] {
+    let (code, data) = write_code();
+    let mut block = [0; WRITE_BLOCK_BYTES];
+    block[..code.len()].copy_from_slice(code);
+    for (i, word) in [w.nr, w.done, w.buffer.0, w.buffer.1, w.rip].into_iter().enumerate() {
+        block[data + i * 8..data + i * 8 + 8].copy_from_slice(&word.to_le_bytes());
+    }
+    block
+}
+
+/// What a block was made from, if it is one.
+pub fn read_write_block(block: &[u8; WRITE_BLOCK_BYTES]) -> Option<PartialWrite> {
+    let (code, data) = write_code();
+    let word =
+        |i: usize| u64::from_le_bytes(block[data + i * 8..data + i * 8 + 8].try_into().unwrap_or_default());
+    let made = PartialWrite { nr: word(0), done: word(1), buffer: (word(2), word(3)), rip: word(4) };
+    (block[..data] == code[..data]).then_some(made)
+}
+
+/// A write that the stop cut short: the call, and how much of it is done. Whether its descriptor is one on which a stop
+/// does that is for the caller to find out: it is the first argument.
+pub fn short_write(r: &Registers) -> Option<PartialWrite> {
+    let nr = r.orig_rax as i64;
+    let is_write =
+        nr == libc::SYS_write || (nr == libc::SYS_sendto && r.r10 as i32 & libc::MSG_DONTWAIT == 0);
+    let short = (r.rax as i64) > 0 && r.rax < r.rdx;
+    (is_write && short).then_some(PartialWrite {
+        nr: r.orig_rax,
+        done: r.rax,
+        buffer: (r.rsi, r.rdx),
+        rip: r.rip,
+    })
+}
+
+/// Descriptor of the call that [`short_write`] tells of.
+pub fn first_argument(r: &Registers) -> u64 {
+    r.rdi
+}
+
+/// Registers with which a task writes the rest, `done_now` bytes having been written by the call it is in, by the block
+/// at `at`.
+pub fn write_rest(r: &Registers, at: u64, done_now: u64) -> Registers {
+    let mut r = *r;
+    r.rip = at;
+    r.rsi += done_now;
+    r.rdx -= done_now;
     r.orig_rax = u64::MAX;
     r
 }
@@ -364,6 +482,16 @@ mod tests {
         f[2] = 0xff;
         f[3] = 0xff;
         assert!(!cpu_has(&f));
+    }
+
+    #[test]
+    fn write_blocks_are_read_back() {
+        let w = PartialWrite { nr: 1, done: 65536, buffer: (0x7000, 200_000), rip: 0x40_1234 };
+        let mut block = write_block(&w);
+        assert_eq!(read_write_block(&block), Some(w));
+        assert!(write_code().0.len() <= WRITE_BLOCK_BYTES);
+        block[0] ^= 1;
+        assert_eq!(read_write_block(&block), None);
     }
 
     #[test]

@@ -140,7 +140,7 @@ impl Resource for FileLockResource {
             }
             // struct flock: type and whence, start, length, pid.
             let kind = if l.write { libc::F_WRLCK } else { libc::F_RDLCK };
-            let length = l.end.map_or(0, |e| e - l.start + 1);
+            let length = l.end.map_or(0, |e| e.wrapping_sub(l.start).wrapping_add(1));
             let at = b.words(&[kind as u64, l.start, length, 0]);
             let command = if l.family == Family::Ofd { F_OFD_SETLK } else { libc::F_SETLK as u64 };
             b.call(

@@ -7,6 +7,7 @@ use crate::resource::{At, Collect, Resource, decode, nothing_to_do};
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::area::MAX_CALLS;
 use ckpt_sys::libc;
 use std::collections::BTreeMap;
 
@@ -124,11 +125,13 @@ impl Resource for FdTableResource {
         let pid = record.owner as i32;
         let kept: Vec<i32> = cx.files.values().filter(|(p, _)| *p == pid).map(|(_, fd)| *fd).collect();
         let used = |fd: &i32| t.entries.iter().any(|e| e.number == *fd);
-        cx.run(pid, |b| {
-            for fd in kept.iter().filter(|fd| !used(fd)) {
-                b.call("close", libc::SYS_close, &[*fd as u64]);
-            }
-        })?;
+        for chunk in kept.chunks(MAX_CALLS) {
+            cx.run(pid, |b| {
+                for fd in chunk.iter().filter(|fd| !used(fd)) {
+                    b.call("close", libc::SYS_close, &[*fd as u64]);
+                }
+            })?;
+        }
         Ok(())
     }
 }

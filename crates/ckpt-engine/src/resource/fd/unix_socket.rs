@@ -10,8 +10,9 @@ use crate::resource::{At, Collect, Resource, decode, nothing_to_do};
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
-use ckpt_sys::socket::UnixSocket;
+use ckpt_sys::socket::{Queued, UnixSocket};
 use ckpt_sys::{Errno, libc};
+use nix::sys::socket::SockType;
 use std::os::fd::AsFd;
 
 /// Version of [`UnixSocketRecord`].
@@ -51,6 +52,20 @@ fn reads_end(s: &UnixSocket) -> bool {
     i32::from(s.kind) == libc::SOCK_STREAM || s.shutdown & 1 != 0
 }
 
+/// Whether an empty message is in the queue of `f` that a peek does not show.
+fn hides_messages(job: &Job, f: &OpenFile, queue: &[Queued]) -> bool {
+    let kind = match diag(job, f).map(|s| i32::from(s.kind)) {
+        Some(libc::SOCK_DGRAM) => SockType::Datagram,
+        Some(libc::SOCK_SEQPACKET) => SockType::SeqPacket,
+        _ => return false,
+    };
+    let peer = diag(job, f).and_then(|s| s.peer).unwrap_or(0);
+    let peer =
+        job.files.values().find(|g| g.seen.stat.ino as u32 == peer && g.kind == Some(Kind::UnixSocket));
+    let Some(Ok(peer)) = peer.map(OpenFile::steal) else { return false };
+    ckpt_sys::socket::hides_messages(peer.as_fd(), kind, queue).unwrap_or(true)
+}
+
 impl Resource for UnixSocketResource {
     nothing_to_do! { content, arm }
 
@@ -85,6 +100,14 @@ impl Resource for UnixSocketResource {
                 Ok(queue) if queue.iter().any(|q| q.carries_descriptors) => {
                     let what = "unix socket with descriptors on their way in it (SCM_RIGHTS)";
                     refusals.fd(f.pid, f.fd, what, "dump again when they have been received");
+                }
+                Ok(queue) if hides_messages(job, f, &queue) => {
+                    refusals.fd(
+                        f.pid,
+                        f.fd,
+                        "unix socket with an empty message in it",
+                        "dump again when it has been received",
+                    );
                 }
                 Err(Errno::ENODATA) => {
                     refusals.fd(

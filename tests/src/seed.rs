@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Random choices that can be repeated: the seed is printed, and CKPT_TEST_SEED sets it.
 
-use ckpt_tests::announce;
+use crate::announce;
 
 /// A splitmix64 generator.
 pub struct Random(u64);
