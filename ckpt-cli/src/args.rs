@@ -15,7 +15,7 @@ Exit status:
     1    failure (125 in the commands that end with a job's status)
     2    wrong usage
     112  not found: no such job, checkpoint or file
-    113  conflict: a name, port or file is in use, a file has changed, another dump is going on
+    113  conflict: a name or file is in use, a file has changed, another dump is going on
     114  refused: the job holds something that ckpt does not support; the job goes on
     115  corrupt: the image is damaged, or was made by a newer ckpt
     116  this host cannot: see `ckpt doctor`
@@ -105,7 +105,7 @@ pub struct RunArgs {
 
     /// Do not preload ckpt's library into the job's programs.
     ///
-    /// The job can be dumped all the same, less politely: its programs are stopped wherever they are. Needed by programs that
+    /// The job can be dumped all the same. Needed by programs that
     /// refuse preloaded libraries, such as those built with AddressSanitizer.
     #[arg(long)]
     pub no_interceptor: bool,

@@ -35,5 +35,12 @@ pub fn store_directory(arg: &StoreArg) -> Result<PathBuf> {
     let Some(chosen) = chosen else {
         bail!("there is no place for checkpoints: HOME is not set; give --store DIR");
     };
-    std::path::absolute(&chosen).with_context(|| format!("store {}", chosen.display()))
+    let chosen = std::path::absolute(&chosen).with_context(|| format!("store {}", chosen.display()))?;
+    if chosen.starts_with("/dev/shm") {
+        bail!(
+            "store {}: a job has a /dev/shm of its own, which hides it; choose another place",
+            chosen.display()
+        );
+    }
+    Ok(chosen)
 }

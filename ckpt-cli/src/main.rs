@@ -38,7 +38,7 @@ fn main() -> process::ExitCode {
         Command::Doctor(args) => (commands::doctor::run(args, &report), ExitCode::FAILURE),
     };
     let code = result.unwrap_or_else(|error| {
-        report.note(&format!("{error:#}"));
+        report.note(&report::chain(&error));
         ExitCode::of_error(&error, fallback)
     });
     code.into()

@@ -64,6 +64,19 @@ impl Report {
     }
 }
 
+/// An error and its causes, each cause once: many messages hold the text of their cause already.
+pub fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// A table for people: columns as wide as their widest cell, two spaces between them.
 pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
@@ -84,6 +97,15 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn causes_are_said_once() {
+        let cause = std::io::Error::from_raw_os_error(2);
+        let error = anyhow::Error::new(cause)
+            .context("opening x: No such file or directory (os error 2)")
+            .context("y");
+        assert_eq!(super::chain(&error), "y: opening x: No such file or directory (os error 2)");
+    }
+
     #[test]
     fn columns_line_up() {
         let rows = [vec!["a".to_owned(), "1".to_owned()], vec!["longer".to_owned(), "22".to_owned()]];

@@ -204,15 +204,13 @@ fn tracing_finding() -> Finding {
 
 fn userfaultfd_finding() -> Finding {
     if ckpt_sys::probe::userfaultfd(true).is_ok() {
-        return Finding::good("userfaultfd", "full: memory can be restored lazily");
+        return Finding::good("userfaultfd", "full");
     }
     match ckpt_sys::probe::userfaultfd(false) {
-        Ok(_) => {
-            Finding::good("userfaultfd", "for user-mode faults: dirty pages can be tracked; no lazy restore")
-        }
+        Ok(_) => Finding::good("userfaultfd", "for faults in user mode"),
         Err(error) => Finding::lacking(
             "userfaultfd",
-            format!("{error}: no tracking of dirty pages, no lazy restore"),
+            format!("{error}; this ckpt does not need it"),
             vec!["a kernel with CONFIG_USERFAULTFD, and a seccomp filter that allows it".to_owned()],
         ),
     }
@@ -220,7 +218,7 @@ fn userfaultfd_finding() -> Finding {
 
 fn module_finding() -> Finding {
     match fs::File::open("/dev/ckpt") {
-        Ok(_) => Finding::good("kernel module", "/dev/ckpt is used"),
+        Ok(_) => Finding::good("kernel module", "/dev/ckpt is there; this ckpt works without it"),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             Finding::good("kernel module", "not loaded; everything works without it")
         }
@@ -237,7 +235,7 @@ fn interceptor_finding() -> Finding {
         Some(path) => Finding::good("interceptor", path.display().to_string()),
         None => Finding::lacking(
             "interceptor",
-            "libckpt_interceptor.so was not found; dumps work without it, less politely",
+            "libckpt_interceptor.so was not found; dumps work without it",
             vec!["put it beside the ckpt program, or into ../lib/ckpt".to_owned()],
         ),
     }

@@ -75,7 +75,14 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     ckpt_sys::hook::point();
     let path = claim.publish()?;
     ckpt_sys::hook::point();
-    outcome.stop_job();
+    if args.stop {
+        outcome.stop_job();
+        // Its name is free when this returns.
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while ckpt_job::status(name).is_ok() && std::time::Instant::now() < until {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    }
     ckpt_sys::hook::report();
     let checkpoint = number.map_or_else(|| path.display().to_string(), |n| format!("{name}@{n}"));
     let bytes = outcome.summary.records_bytes + outcome.summary.pages_bytes;

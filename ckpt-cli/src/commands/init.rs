@@ -55,7 +55,10 @@ fn restore(context: &mut InitContext, work: RestoreWork) -> Result<Started, Star
         main_exited: rebuilt.main_status.and_then(ExitStatus::from_wait_status),
         release: Box::new(move || {
             ckpt_sys::hook::report();
-            rebuilt.resume().map_err(|e| failure(&e))
+            for said in rebuilt.resume().map_err(|e| failure(&e))? {
+                progress.warning(&said);
+            }
+            Ok(())
         }),
     })
 }

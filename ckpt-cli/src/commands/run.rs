@@ -103,7 +103,7 @@ pub fn free_name(store: &Path) -> Result<JobName, RegistryError> {
 fn usable_interceptor(report: &Report) -> Option<PathBuf> {
     let Some(path) = find_interceptor() else {
         report.warning(
-            "libckpt_interceptor.so is neither beside ckpt nor in ../lib/ckpt: the job runs without it and can be dumped, less politely; --no-interceptor says that this is intended",
+            "libckpt_interceptor.so is neither beside ckpt nor in ../lib/ckpt: the job runs without it and can be dumped all the same; --no-interceptor says that this is intended",
         );
         return None;
     };

@@ -333,6 +333,7 @@ fn of_descriptors() -> Vec<Sample> {
                 path: b"/f".to_vec(),
                 stat: stat(),
                 object: Some(1),
+                ends: Some(2),
             },
         ),
         sample(

@@ -75,7 +75,7 @@ pub struct Padding {
 
 /// Bytes at the start of the padding for self-finishing blocks; behind them are places for
 /// [`crate::arch::write_block`].
-const LIVE_BYTES: u64 = 960;
+const LIVE_BYTES: u64 = 1008;
 
 impl Padding {
     /// Where code for short writes may be, each place of [`arch::WRITE_BLOCK_BYTES`]. A place is used once in the life
@@ -124,6 +124,7 @@ pub struct Live {
     last: SystemCall,
     scratch: u64,
     mapped: bool,
+    stop_again: bool,
 }
 
 impl Live {
@@ -161,6 +162,7 @@ impl Live {
             last,
             scratch,
             mapped: false,
+            stop_again: false,
         };
         // From here on the task finishes by itself: first the registers, then the mask, which the block puts back.
         let getpid = arch::with_syscall(saved, padding.start, libc::SYS_getpid, [0; 6]);
@@ -190,6 +192,11 @@ impl Live {
                     Stop::Syscall => break,
                     // A group stop that is in effect reports once more when the task is resumed.
                     Stop::Event { .. } => ptrace::cont_to_syscall(pid).map_err(err("continue"))?,
+                    // The one signal that can't be blocked and doesn't kill: it is sent again at the end.
+                    Stop::Signal(libc::SIGSTOP) => {
+                        self.stop_again = true;
+                        ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
+                    }
                     stop => return Err(InjectError::UnexpectedStop { pid, stop }),
                 }
             }
@@ -272,9 +279,18 @@ impl Live {
         }
         ptrace::interrupt(pid).map_err(err("interrupt"))?;
         ptrace::cont(pid, 0).map_err(err("continue"))?;
-        match ptrace::wait(pid).map_err(err("wait"))? {
-            Stop::Event { .. } => {}
-            stop => return Err(InjectError::UnexpectedStop { pid, stop }),
+        loop {
+            match ptrace::wait(pid).map_err(err("wait"))? {
+                Stop::Event { .. } => break,
+                Stop::Signal(libc::SIGSTOP) => {
+                    self.stop_again = true;
+                    ptrace::cont(pid, 0).map_err(err("continue"))?;
+                }
+                stop => return Err(InjectError::UnexpectedStop { pid, stop }),
+            }
+        }
+        if self.stop_again {
+            crate::task::kill(pid, libc::SIGSTOP).map_err(err("sending SIGSTOP again"))?;
         }
         ptrace::set_signal_mask(pid, self.mask).map_err(err("set signal mask"))?;
         ptrace::set_registers(pid, &arch::resume_live(&self.saved, self.quiet))

@@ -43,10 +43,12 @@ pub fn open() -> io::Result<Pty> {
 /// # Errors
 /// As ioctl_tty(2), TIOCGPTPEER.
 pub fn open_peer(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // O_CLOEXEC would stay in the description's own flags, and every duplicate look close-on-exec in fdinfo.
+    let flags = libc::O_RDWR | libc::O_NOCTTY;
     // SAFETY: TIOCGPTPEER takes open flags by value.
     let fd = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) };
     check(fd)?;
+    crate::spawn::set_close_on_exec(fd, true)?;
     // SAFETY: the kernel just gave us this descriptor; nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -364,8 +364,11 @@ impl FrozenJob {
         Ok(())
     }
 
-    /// Kills the job where it stands.
+    /// Kills the job where it stands: none of its tasks executes another instruction.
     pub fn kill(self) {
-        let _ = nix::sys::signal::kill(Pid::from_raw(self.job.info.init), nix::sys::signal::Signal::SIGKILL);
+        for p in &self.job.processes {
+            let _ = ckpt_sys::task::kill(p.host, libc::SIGKILL);
+        }
+        let _ = ckpt_sys::task::kill(Pid::from_raw(self.job.info.init), libc::SIGKILL);
     }
 }

@@ -33,6 +33,8 @@ pub struct Vma {
     pub anonymous_bytes: u64,
     /// Bytes swapped out.
     pub swap_bytes: u64,
+    /// Protection key (pkeys(7)).
+    pub protection_key: u64,
 }
 
 impl Vma {
@@ -62,7 +64,7 @@ impl Vma {
     }
 }
 
-/// Undoes the octal escapes of newlines and backslashes in a path.
+/// Undoes the octal escape of newlines in a path, the only one there is.
 fn unescape(s: &str) -> String {
     s.replace("\\012", "\n")
 }
@@ -115,6 +117,10 @@ pub fn read_smaps(host: i32) -> std::io::Result<Vec<Vma>> {
             }
         } else if let Some(rest) = line.strip_prefix("Anonymous:") {
             out.last_mut().into_iter().for_each(|v| v.anonymous_bytes = kib(rest));
+        } else if let Some(rest) = line.strip_prefix("ProtectionKey:") {
+            out.last_mut()
+                .into_iter()
+                .for_each(|v| v.protection_key = rest.trim().parse().unwrap_or(u64::MAX));
         } else if let Some(rest) = line.strip_prefix("Swap:") {
             out.last_mut().into_iter().for_each(|v| v.swap_bytes = kib(rest));
         } else if line.as_bytes().first().is_some_and(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b)) {

@@ -151,6 +151,10 @@ impl Job {
         let advice = "a vfork or clone without CLONE_THREAD; dump when it is over";
         for (i, a) in live.iter().enumerate() {
             for b in &live[i + 1..] {
+                // A vfork in progress, seen while the job runs: it is over when the parent can be stopped.
+                if b.ppid == a.pid && a.stat.state == 'D' || a.ppid == b.pid && b.stat.state == 'D' {
+                    continue;
+                }
                 for (what, name) in [
                     (Shared::Memory, "memory"),
                     (Shared::Files, "its descriptor table"),

@@ -133,7 +133,7 @@ impl MemoryMapRecord {
     }
 }
 
-/// XXH3 of the vDSO of a process; the padding, where ckpt's own code may be, counts as zero.
+/// FNV-1a of a vDSO; taken of ckpt's own, behind which nobody has written.
 ///
 /// # Errors
 /// EFAULT.
@@ -160,7 +160,7 @@ pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
 /// Flags that need nothing, or are restored by other means than madvise.
 const KNOWN_FLAGS: &[&str] = &[
     "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "ar", "sf", "mm",
-    "nl", "um",
+    "nl",
 ];
 
 /// Flags that madvise(2) sets.
@@ -218,6 +218,8 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
         );
     } else if v.has("um") || v.has("uw") || v.has("ui") {
         refusals.process(p.pid, format!("{named} is watched by userfaultfd"), "not supported");
+    } else if v.protection_key != 0 {
+        refusals.process(p.pid, format!("{named} has a protection key"), "not supported");
     } else if v.has("gu") {
         refusals.process(p.pid, format!("{named} has guard regions (MADV_GUARD_INSTALL)"), "not supported");
     } else {

@@ -94,7 +94,7 @@ impl Resource for ProcessResource {
                     "nested containers are not supported",
                 );
             }
-            for ns in ["user", "mnt", "ipc", "uts", "net", "cgroup"] {
+            for ns in ["user", "mnt", "ipc", "uts", "net", "cgroup", "time"] {
                 let of = |pid: Pid| std::fs::read_link(format!("/proc/{pid}/ns/{ns}")).ok();
                 if p.zombie.is_none() && of(p.host) != of(Pid::from_raw(job.info.init)) {
                     let what = format!("it is in a {ns} namespace of its own");

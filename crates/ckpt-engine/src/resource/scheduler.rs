@@ -53,7 +53,8 @@ impl Resource for SchedulerResource {
         let At::Thread(p, t) = at else { return Ok(()) };
         let err = |what: &str| DumpError::errno(p.pid, format!("thread {}: {what}", t.tid));
         let a = ckpt_sys::task::sched_attr(t.host).map_err(err("sched_getattr"))?;
-        let mask = ckpt_sys::task::affinity(t.host).map_err(err("sched_getaffinity"))?; // What init may use is what nobody in the job has restricted: on another host that may be other CPUs.
+        let mask = ckpt_sys::task::affinity(t.host).map_err(err("sched_getaffinity"))?;
+        // What init may use is what nobody in the job has restricted: on another host that may be other CPUs.
         let init = Pid::from_raw(cx.job.info.init);
         let whole = ckpt_sys::task::affinity(init).map_err(err("sched_getaffinity of init"))?;
         let slack =

@@ -117,6 +117,12 @@ fn gather(job: &Job) -> BTreeMap<(u64, u64), Found<'_>> {
     out
 }
 
+/// The whole object behind a mapping, with its holes: /proc/pid/map_files is for privileged users only.
+fn whole(found: &Found<'_>) -> Option<std::fs::File> {
+    let (host, _, v) = found.mappings.first()?;
+    std::fs::File::open(format!("/proc/{host}/map_files/{:x}-{:x}", v.start, v.end)).ok()
+}
+
 /// The union of the mappings of an object, each page read through one of them.
 fn cover(mappings: &[(Pid, i32, &Vma)]) -> Vec<(Pid, i32, Vec<Range>)> {
     let mut covered: Vec<(u64, u64)> = Vec::new();
@@ -189,6 +195,15 @@ impl Resource for SharedObjectResource {
                 let file = std::fs::File::open(link).map_err(err("opening its content"))?;
                 use std::os::fd::AsFd;
                 seals = ckpt_sys::descriptor::seals(file.as_fd()).ok();
+                let from = From::File { fd: file.into(), bytes };
+                cx.out.sources.push(Source {
+                    kind: Kind::SharedObject,
+                    object,
+                    zeros: ZeroPages::Elide,
+                    from,
+                });
+            } else if let Some(file) = whole(&found) {
+                bytes = file.metadata().map_or(mapped_end, |m| m.len());
                 let from = From::File { fd: file.into(), bytes };
                 cx.out.sources.push(Source {
                     kind: Kind::SharedObject,

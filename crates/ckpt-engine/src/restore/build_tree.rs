@@ -35,7 +35,7 @@ pub struct Build<'a> {
     pub files: BTreeMap<u64, (i32, i32)>,
     /// Rebuilt shared objects: where a descriptor for it is kept.
     pub objects: BTreeMap<u64, (i32, i32)>,
-    /// Pipes being rebuilt, by inode number: where a read-write end is kept.
+    /// Pipes being rebuilt, by number: where a read-write end is kept.
     pub pipes: BTreeMap<u64, (i32, i32)>,
     /// Ends of socket pairs being rebuilt, by inode number: where they are kept.
     pub sockets: BTreeMap<u64, (i32, i32)>,

@@ -53,7 +53,7 @@ pub struct RestoreRequest {
     pub options: RestoreOptions,
     /// Descriptors to bind external ones to: (number in the job, descriptor here).
     pub external: Vec<(i32, i32)>,
-    /// What an external descriptor beyond 0, 1 and 2 or an output nobody reads is bound to.
+    /// What output goes to that nobody reads.
     pub log: Option<i32>,
     /// The new terminal: descriptor of its master, path of its slave.
     pub terminal: Option<(i32, String)>,
@@ -72,11 +72,11 @@ pub struct Rebuilt {
 }
 
 impl Rebuilt {
-    /// Lets it go.
+    /// Puts files back that the job was writing, and lets it go. Says what it did to the files.
     ///
     /// # Errors
-    /// If a task vanished.
-    pub fn resume(self) -> Result<(), RestoreError> {
+    /// If a file can't be put back, or a task vanished.
+    pub fn resume(self) -> Result<Vec<String>, RestoreError> {
         self.ready.resume()
     }
 }

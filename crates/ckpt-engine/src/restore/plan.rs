@@ -7,7 +7,7 @@ use super::{FilePolicy, RestoreRequest};
 use crate::error::{Conflict, Conflicts, RestoreError};
 use crate::kind::Kind;
 use crate::model::build_id;
-use crate::model::file::FileStat;
+use crate::model::file::{FileStat, file_ends};
 use crate::model::memory::{hole, read_smaps};
 use crate::resource::decode;
 use crate::resource::fd::external::ExternalRecord;
@@ -45,12 +45,22 @@ struct Used {
     mapped: bool,
     /// Some process may write to it through a mapping.
     mapped_writable: bool,
+    /// Of what it held first and last, if somebody was writing to it.
+    ends: Option<u64>,
     build_id: Option<Vec<u8>>,
 }
 
 impl Used {
     fn new(stat: FileStat) -> Used {
-        Used { stat, writers: false, at_end: true, mapped: false, mapped_writable: false, build_id: None }
+        Used {
+            stat,
+            writers: false,
+            at_end: true,
+            mapped: false,
+            mapped_writable: false,
+            ends: None,
+            build_id: None,
+        }
     }
 
     /// What the build-ids say of a mapped ELF file whose `stat` is `now`.
@@ -92,6 +102,7 @@ fn files(image: &Image) -> Result<BTreeMap<Vec<u8>, Used>, RestoreError> {
         let u = out.entry(f.path).or_insert_with(|| Used::new(f.stat));
         u.writers |= writes;
         u.at_end &= !writes || at_end;
+        u.ends = u.ends.or(f.ends);
     }
     for r in image.of_kind(Kind::MemoryMap) {
         let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
@@ -214,7 +225,8 @@ fn judge_files(
         }
         let same = used.stat.dev == now.dev && used.stat.ino == now.ino;
         let unchanged = used.stat.unchanged(&now);
-        if allowed || unchanged && same {
+        let left = || crate::resource::fd::regular_file::left_by_restore(&request.dir, &path, &now);
+        if allowed || unchanged && same || left() {
             continue;
         }
         match used.compare_build(Path::new(OsStr::from_bytes(&path)), &now) {
@@ -230,6 +242,17 @@ fn judge_files(
             _ => {}
         }
         let grew = same && now.size > used.stat.size && used.writers && !used.mapped;
+        if grew && policy != FilePolicy::Keep && used.ends.is_some() {
+            // A log that was copied and emptied, and has grown longer than it was, looks as if it had only grown.
+            let ends = file_ends(Path::new(OsStr::from_bytes(&path)), used.stat.size);
+            if ends != used.ends {
+                conflict(
+                    "what it held at the dump is not what it begins with now (was it rotated?)".into(),
+                    "put the old file back, or use it as it is with --files keep or --allow-changed PATH",
+                );
+                continue;
+            }
+        }
         let change = match (now.size.cmp(&used.stat.size), same) {
             (_, false) => "it has been replaced by another file since the dump".to_owned(),
             (std::cmp::Ordering::Equal, _) => "its content has changed since the dump".to_owned(),

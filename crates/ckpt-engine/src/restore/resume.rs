@@ -7,6 +7,7 @@ use super::plan::VDSO_ROOM;
 use crate::error::RestoreError;
 use crate::kind::Kind;
 use crate::resource::decode;
+use crate::resource::fd::regular_file::Cuts;
 use crate::resource::memory_map::MemoryMapRecord;
 use crate::resource::signal::SignalRecord;
 use crate::resource::thread::ThreadRecord;
@@ -17,6 +18,7 @@ use ckpt_sys::{Pid, arch, libc, ptrace};
 #[derive(Debug)]
 pub struct Ready {
     tasks: Vec<Pid>,
+    cuts: Cuts,
 }
 
 /// Brings every task to the point from which it goes on by itself.
@@ -24,8 +26,6 @@ pub struct Ready {
 /// # Errors
 /// Anything; the caller exits then.
 pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
-    // The files are put back last, when nothing else can fail any more.
-    crate::resource::fd::regular_file::cut_back(&mut build)?;
     let mut tasks = Vec::new();
     // Processes that are stopped come first, children before parents: a parent that has been told of the stop is told
     // again by the kernel and must forget it, as long as it is a blank.
@@ -51,7 +51,7 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
         main_pid: build.image.job.main_pid,
         main_status: build.image.job.main_status,
         warnings: std::mem::take(&mut build.warnings),
-        ready: Ready { tasks },
+        ready: Ready { tasks, cuts: Cuts::of(&build)? },
     })
 }
 
@@ -151,14 +151,16 @@ fn syscall_instruction(build: &Build<'_>, pid: i32) -> Result<u64, RestoreError>
 }
 
 impl Ready {
-    /// Lets all tasks go.
+    /// Puts the files back, and lets all tasks go. Says what it did to the files.
     ///
     /// # Errors
-    /// If one vanished.
-    pub fn resume(self) -> Result<(), RestoreError> {
+    /// If a file can't be put back, or a task vanished.
+    pub fn resume(self) -> Result<Vec<String>, RestoreError> {
+        // Last, when nothing else can fail any more and the restore is committed.
+        let said = self.cuts.cut()?;
         for t in &self.tasks {
             ptrace::detach(*t).map_err(RestoreError::errno(t.as_raw(), "letting it go"))?;
         }
-        Ok(())
+        Ok(said)
     }
 }

@@ -3,6 +3,7 @@
 
 use super::{Engine, Sink, Snapshot, Source, read_source};
 use crate::error::DumpError;
+use ckpt_image::ZeroPages;
 
 const PIECE_BYTES: usize = 1 << 20;
 
@@ -30,7 +31,10 @@ impl Engine for Copy {
             let mut pieces = Vec::new();
             read_source(s, PIECE_BYTES, &mut |offset, data| {
                 ckpt_sys::hook::point();
-                pieces.push((offset, data.to_vec()));
+                // Memory nobody has written to need not be held, where it isn't stored either.
+                if s.zeros == ZeroPages::Record || data.iter().any(|b| *b != 0) {
+                    pieces.push((offset, data.to_vec()));
+                }
                 Ok(())
             })?;
             all.push(pieces);

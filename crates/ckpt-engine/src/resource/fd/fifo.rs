@@ -2,7 +2,7 @@
 //! Named pipes, with the data in them.
 
 use super::Opened;
-use super::pipe::{PipeContent, content_of, fill, is_first};
+use super::pipe::{PipeContent, content_of, fill, first_of};
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
@@ -16,7 +16,7 @@ use ckpt_sys::libc;
 /// Version of [`FifoRecord`].
 pub const VERSION: u16 = 1;
 
-/// An open end of a named pipe. The record's id is the inode number.
+/// An open end of a named pipe. The record's id is the number of the first description of it.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct FifoRecord {
     /// What all have.
@@ -54,9 +54,9 @@ impl Resource for FifoResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::File(f) = at else { return Ok(()) };
-        let content = if is_first(cx.job, f) { Some(content_of(cx.job, f)?) } else { None };
+        let content = if first_of(cx.job, f) == f.id { Some(content_of(cx.job, f)?) } else { None };
         let record = FifoRecord { opened: Opened::of(cx.job, f)?, path: f.path().to_vec(), content };
-        cx.put(Kind::Fifo, VERSION, f.id, f.seen.stat.ino, &record)
+        cx.put(Kind::Fifo, VERSION, f.id, first_of(cx.job, f), &record)
     }
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {

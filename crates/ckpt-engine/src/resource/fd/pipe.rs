@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Pipes with the data in them. Each end is a record of its own; the ends of one pipe share an inode number, which is
-//! the record's id. What is in the pipe is saved with its first end.
+//! Pipes with the data in them. Each end is a record of its own; the ends of one pipe share the record's id, which is
+//! the number of the first of them. What is in the pipe is saved with that.
 
 use super::Opened;
 use crate::error::{DumpError, RestoreError};
@@ -64,10 +64,10 @@ pub fn content_of(job: &Job, f: &OpenFile) -> Result<PipeContent, DumpError> {
     Ok(PipeContent { capacity, pieces, packets })
 }
 
-/// Whether this is the first of the descriptions with its inode.
-pub fn is_first(job: &Job, f: &OpenFile) -> bool {
+/// Id of the first of the descriptions with its inode: that stands for the pipe.
+pub fn first_of(job: &Job, f: &OpenFile) -> u64 {
     let key = |g: &OpenFile| (g.seen.stat.dev, g.seen.stat.ino);
-    job.files.values().find(|g| key(g) == key(f) && g.kind == f.kind).is_some_and(|g| g.id == f.id)
+    job.files.values().find(|g| key(g) == key(f) && g.kind == f.kind).map_or(f.id, |g| g.id)
 }
 
 /// Writes content into a pipe of which `fd` in `pid` can be opened for writing through /proc.
@@ -120,9 +120,9 @@ impl Resource for PipeResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::File(f) = at else { return Ok(()) };
-        let content = if is_first(cx.job, f) { Some(content_of(cx.job, f)?) } else { None };
+        let content = if first_of(cx.job, f) == f.id { Some(content_of(cx.job, f)?) } else { None };
         let record = PipeRecord { opened: Opened::of(cx.job, f)?, content };
-        cx.put(Kind::Pipe, VERSION, f.id, f.seen.stat.ino, &record)
+        cx.put(Kind::Pipe, VERSION, f.id, first_of(cx.job, f), &record)
     }
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {

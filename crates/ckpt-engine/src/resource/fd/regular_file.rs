@@ -31,11 +31,20 @@ pub struct RegularFileRecord {
     pub stat: FileStat,
     /// The object with its content, if it has no name.
     pub object: Option<u64>,
+    /// [`crate::model::file::file_ends`] of a file that is being written.
+    pub ends: Option<u64>,
 }
 
 /// The kind.
 #[derive(Debug)]
 pub struct RegularFileResource;
+
+/// POSIX message queues and hugetlb memory look like deleted regular files.
+fn on_special_file_system(f: &OpenFile) -> bool {
+    const MQUEUE_MAGIC: nix::sys::statfs::FsType = nix::sys::statfs::FsType(0x1980_0202);
+    let kind = f.steal().ok().and_then(|fd| nix::sys::statfs::fstatfs(fd).ok()).map(|s| s.filesystem_type());
+    kind.is_none_or(|k| k == MQUEUE_MAGIC || k == nix::sys::statfs::HUGETLBFS_MAGIC)
+}
 
 impl Resource for RegularFileResource {
     nothing_to_do! { content, connect, arm }
@@ -50,7 +59,11 @@ impl Resource for RegularFileResource {
 
     fn claims(&self, _: &Job, f: &OpenFile) -> bool {
         let kernel = f.seen.link.starts_with(b"/proc/") || f.seen.link.starts_with(b"/sys/");
-        f.seen.stat.format() == libc::S_IFREG && !kernel && f.seen.link.starts_with(b"/")
+        let named = f.seen.link.starts_with(b"/");
+        f.seen.stat.format() == libc::S_IFREG
+            && !kernel
+            && named
+            && !(f.deleted() && on_special_file_system(f))
     }
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
@@ -82,6 +95,12 @@ impl Resource for RegularFileResource {
                 .unwrap_or_else(|| f.path().to_vec()),
             stat: f.seen.stat.clone(),
             object,
+            ends: if object.is_none() && f.access() != libc::O_RDONLY {
+                let path = format!("/proc/{}/fd/{}", f.host, f.fd);
+                crate::model::file::file_ends(std::path::Path::new(&path), f.seen.stat.size)
+            } else {
+                None
+            },
         };
         cx.put(Kind::RegularFile, VERSION, f.id, 0, &record)
     }
@@ -121,32 +140,101 @@ impl Resource for RegularFileResource {
     }
 }
 
-/// Cuts the files that grew back to the length they had, keeping their tails in the checkpoint's directory.
-///
-/// # Errors
-/// If the tail can't be kept or the file can't be cut.
-pub fn cut_back(cx: &mut Build<'_>) -> Result<(), RestoreError> {
-    use std::io::{Read, Seek, SeekFrom};
-    for (n, (path, then, now)) in cx.plan.cuts.clone().into_iter().enumerate() {
-        let name = OsStr::from_bytes(&path);
-        let text = name.to_string_lossy().into_owned();
-        let err = |what: &str| RestoreError::io(0, format!("{what} {text}"));
-        let mut file = std::fs::File::options().read(true).write(true).open(name).map_err(err("opening"))?;
-        let base = std::path::Path::new(name).file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let tail = format!("cut-{}-{n}-{base}", now.mtime_ns);
-        let flags = nix::fcntl::OFlag::O_WRONLY | nix::fcntl::OFlag::O_CREAT | nix::fcntl::OFlag::O_CLOEXEC;
-        let mode = nix::sys::stat::Mode::from_bits_truncate(0o600);
-        let out = nix::fcntl::openat(&cx.request.dir, tail.as_str(), flags, mode)
-            .map_err(|e| err("keeping the tail of")(e.into()))?;
-        let mut out = std::fs::File::from(out);
-        file.seek(SeekFrom::Start(then.size)).map_err(err("seeking in"))?;
-        std::io::copy(&mut file.by_ref().take(u64::MAX), &mut out).map_err(err("keeping the tail of"))?;
-        out.sync_all().map_err(err("keeping the tail of"))?;
-        file.set_len(then.size).map_err(err("cutting"))?;
-        cx.warnings.push(format!(
-            "{text}: cut from {} back to {} bytes; what was written after the dump is in {}/{tail}",
-            now.size, then.size, cx.request.label
-        ));
+/// Files to be put back to the length they had, by the decision of the plan.
+#[derive(Debug)]
+pub struct Cuts {
+    files: Vec<(Vec<u8>, FileStat, FileStat)>,
+    dir: std::os::fd::OwnedFd,
+    label: String,
+}
+
+/// Where a checkpoint's directory tells what its restores have cut: a line of JSON for each file.
+pub const CUTS_FILE: &str = "cuts";
+
+/// A file as a restore left it.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct LeftFile {
+    path: Vec<u8>,
+    dev: u64,
+    ino: u64,
+    size: u64,
+    mtime_ns: i64,
+    ctime_ns: i64,
+}
+
+/// Whether a file is as an earlier restore of this checkpoint has put it back.
+pub fn left_by_restore(dir: &std::os::fd::OwnedFd, path: &[u8], now: &FileStat) -> bool {
+    use std::io::Read;
+    const LIMIT: u64 = 1 << 20;
+    let flags = nix::fcntl::OFlag::O_RDONLY | nix::fcntl::OFlag::O_CLOEXEC;
+    let Ok(fd) = nix::fcntl::openat(dir, CUTS_FILE, flags, nix::sys::stat::Mode::empty()) else {
+        return false;
+    };
+    let mut text = String::new();
+    if std::fs::File::from(fd).take(LIMIT).read_to_string(&mut text).is_err() {
+        return false;
     }
-    Ok(())
+    text.lines().filter_map(|l| serde_json::from_str::<LeftFile>(l).ok()).any(|l| {
+        l.path == path
+            && (l.dev, l.ino, l.size) == (now.dev, now.ino, now.size)
+            && (l.mtime_ns, l.ctime_ns) == (now.mtime_ns, now.ctime_ns)
+    })
+}
+
+impl Cuts {
+    /// Those of a plan.
+    ///
+    /// # Errors
+    /// If the descriptor of the checkpoint's directory can't be duplicated.
+    pub fn of(cx: &Build<'_>) -> Result<Cuts, RestoreError> {
+        let dir = cx.request.dir.try_clone().map_err(RestoreError::io(0, "the checkpoint's directory"))?;
+        Ok(Cuts { files: cx.plan.cuts.clone(), dir, label: cx.request.label.clone() })
+    }
+
+    /// Cuts them, keeping their tails in the checkpoint's directory. Says what it did.
+    ///
+    /// # Errors
+    /// If a tail can't be kept or a file can't be cut; it is then as it was.
+    pub fn cut(&self) -> Result<Vec<String>, RestoreError> {
+        use std::io::{Seek, SeekFrom, Write};
+        let mut said = Vec::new();
+        for (n, (path, then, now)) in self.files.iter().enumerate() {
+            let name = OsStr::from_bytes(path);
+            let text = name.to_string_lossy().into_owned();
+            let err = |what: &str| RestoreError::io(0, format!("{what} {text}"));
+            let mut file =
+                std::fs::File::options().read(true).write(true).open(name).map_err(err("opening"))?;
+            let base =
+                std::path::Path::new(name).file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let tail = format!("cut-{}-{n}-{base}", now.mtime_ns);
+            let mut out = self.beside(&tail).map_err(err("keeping the tail of"))?;
+            file.seek(SeekFrom::Start(then.size)).map_err(err("seeking in"))?;
+            std::io::copy(&mut file, &mut out).map_err(err("keeping the tail of"))?;
+            out.sync_all().map_err(err("keeping the tail of"))?;
+            file.set_len(then.size).map_err(err("cutting"))?;
+            let left = FileStat::of(&file.metadata().map_err(err("looking at"))?);
+            let left = LeftFile {
+                path: path.clone(),
+                dev: left.dev,
+                ino: left.ino,
+                size: left.size,
+                mtime_ns: left.mtime_ns,
+                ctime_ns: left.ctime_ns,
+            };
+            let line = serde_json::to_string(&left).map_err(|e| err("noting")(e.into()))?;
+            writeln!(self.beside(CUTS_FILE).map_err(err("noting"))?, "{line}").map_err(err("noting"))?;
+            said.push(format!(
+                "{text}: cut from {} back to {} bytes; what was written after the dump is in {}/{tail}",
+                now.size, then.size, self.label
+            ));
+        }
+        Ok(said)
+    }
+
+    fn beside(&self, name: &str) -> std::io::Result<std::fs::File> {
+        use nix::fcntl::OFlag;
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND | OFlag::O_CLOEXEC;
+        let mode = nix::sys::stat::Mode::from_bits_truncate(0o600);
+        Ok(nix::fcntl::openat(&self.dir, name, flags, mode)?.into())
+    }
 }

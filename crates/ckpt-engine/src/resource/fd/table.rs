@@ -62,9 +62,17 @@ impl Resource for FdTableResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
-        let entry =
-            |d: &crate::model::file::Descriptor| Entry { number: d.number, file: d.file, cloexec: d.cloexec };
-        let entries = p.descriptors.iter().map(entry).collect();
+        let mut entries = Vec::with_capacity(p.descriptors.len());
+        for d in &p.descriptors {
+            let mut cloexec = d.cloexec;
+            // fdinfo mixes it with the flags of the description, which those of a terminal may hold (TIOCGPTPEER).
+            if cloexec && cx.job.files.get(&d.file).is_some_and(|f| f.kind == Some(Kind::Tty)) {
+                let args = [d.number as u64, libc::F_GETFD as u64, 0, 0, 0, 0];
+                cloexec =
+                    cx.live().call("fcntl F_GETFD", libc::SYS_fcntl, args)? & libc::FD_CLOEXEC as u64 != 0;
+            }
+            entries.push(Entry { number: d.number, file: d.file, cloexec });
+        }
         cx.put(Kind::FdTable, VERSION, p.pid as u64, 0, &FdTableRecord { entries })
     }
 
