@@ -28,7 +28,7 @@ int main(int argc, char **argv)
 	pattern_begin(argc, argv);
 	small = make("small", O_RDWR | O_APPEND);
 	EXPECT_EQ("write", 32, write(small, guest.nonce, 32));
-	big = make("big", O_RDWR);
+	big = make("big", O_RDWR | O_NOFOLLOW);
 	big_content = malloc(BIG_BYTES);
 	EXPECT(big_content);
 	pattern_fill(big_content, BIG_BYTES, guest_seed);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
  * Several processes with several threads each that work all the time, hand results to the leader through pipes and check
- * what they have in memory: for dumps and restores that are killed at any moment. Runs until go.
+ * what they have in memory: for dumps and restores that are killed at any moment. Runs until go. With the argument
+ * "undumpable" the workers make themselves so, and must still be so at the end.
  */
 #include "mem_pattern.h"
 
@@ -48,7 +49,7 @@ int main(int argc, char **argv)
 	uint64_t seen[WORKERS][THREADS] = { 0 };
 	pid_t child[WORKERS];
 	struct result result;
-	bool is_ready = false;
+	bool is_ready = false, is_undumpable = argc > 2 && !strcmp(argv[2], "undumpable");
 
 	pattern_begin(argc, argv);
 	rounds = guest_shared(PAGE_BYTES);
@@ -59,10 +60,13 @@ int main(int argc, char **argv)
 			pthread_t id[THREADS];
 
 			close(results[0]);
+			if (is_undumpable)
+				MUST(prctl(PR_SET_DUMPABLE, 0));
 			for (uintptr_t i = 0; i < THREADS; i++)
 				MUST0(pthread_create(&id[i], NULL, thread_main, (void *)i));
 			for (int i = 0; i < THREADS; i++)
 				MUST0(pthread_join(id[i], NULL));
+			EXPECT_EQ("dumpable", !is_undumpable, MUST(prctl(PR_GET_DUMPABLE)));
 			_exit(0);
 		}
 	}

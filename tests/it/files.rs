@@ -12,4 +12,5 @@ ckpt_tests::guest_tests! {
     /// Refused for now.
     shared_fd_table => Guest::new("file_fd_table").arg("shared").may_be_refused("shares");
     workers => Guest::new("file_workers");
+    undumpable_workers => Guest::new("file_workers").arg("undumpable"), needs [kinds::ATTRIBUTE];
 }

@@ -83,15 +83,26 @@ fn still_works(sandbox: &Sandbox) -> Outcome<()> {
 
 #[test]
 fn dump_killed_at_any_step() {
-    each_user("kill-dump", Users::Both, |sandbox| {
-        with_ready_job(&Guest::new("file_workers"), sandbox, |job, nonce| {
-            let mut random = Random::announced(&format!("kill-dump as {}", sandbox.user.name()));
+    dump_killed("kill-dump", &Guest::new("file_workers"), Users::Both, u64::MAX);
+}
+
+#[test]
+fn dump_of_undumpable_killed_at_any_step() {
+    // Only a plain user's dumper has to make them dumpable for the time being.
+    let guest = Guest::new("file_workers").arg("undumpable");
+    dump_killed("kill-undumpable", &guest, Users::OnlyPlain, 60);
+}
+
+fn dump_killed(label: &str, guest: &Guest, users: Users, most: u64) {
+    each_user(label, users, |sandbox| {
+        with_ready_job(guest, sandbox, |job, nonce| {
+            let mut random = Random::announced(&format!("{label} as {}", sandbox.user.name()));
             let init = job.init().ok_or_else(|| Failure::new("the job does not run"))?;
             let steps = count_steps(job, sandbox, &["dump", &job.name])?;
             let before = Fingerprint::take(init);
             let population = processes_of(sandbox);
-            let moments = moments();
-            announce(&format!("kill-dump as {}: {moments} of {steps} steps", sandbox.user.name()));
+            let moments = moments().min(most);
+            announce(&format!("{label} as {}: {moments} of {steps} steps", sandbox.user.name()));
             for moment in 0..moments {
                 let at = 1 + random.below(steps);
                 let context = |failure: Failure| {
@@ -100,7 +111,7 @@ fn dump_killed_at_any_step() {
                 let killed = job.ckpt(&["dump", &job.name], &[("CKPT_TEST_KILL_AT", &at.to_string())])?;
                 if killed.code == 0 {
                     // The step of this dump may come after the checkpoint is complete.
-                    announce(&format!("kill-dump: step {at} ended a dump that was done"));
+                    announce(&format!("{label}: step {at} ended a dump that was done"));
                 }
                 still_works(sandbox).map_err(context)?;
                 left_nothing_behind(&before, init).map_err(context)?;

@@ -2,7 +2,12 @@
 //! What changed since the dump: output that grew is put back, all else is refused by name; and what ckpt does not
 //! support is named before anything is touched.
 
-use std::{fs, io::Write, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use ckpt_tests::{
     Failure, Outcome,
@@ -241,6 +246,87 @@ fn replaced_file_is_refused() {
             fs::write(path, vec![b'j'; 10_000]).unwrap();
         },
         true,
+    );
+}
+
+/// A guest that runs from a copy of its own, which `change` treats between dump and restore.
+fn executable_changed(label: &str, change: impl Fn(&Path), judge: impl Fn(&Job<'_>, &str) -> Outcome<()>) {
+    let guest = Guest::new("file_writer").arg("append");
+    each_user(label, Users::Both, |sandbox| {
+        let program = sandbox.root.join("program");
+        let mut command = guest.command(sandbox)?;
+        fs::copy(&command[0], &program).map_err(|error| Failure(format!("cannot copy: {error}")))?;
+        let path = program.to_string_lossy().into_owned();
+        command[0] = path.clone();
+        let job = Job::run(sandbox, "guest", RunOptions::default(), &command)?;
+        let nonce = match Talk::with(sandbox).wait_ready()? {
+            Ok(nonce) => nonce,
+            Err(verdict) => return Err(Failure(format!("the guest says: {verdict:?}"))),
+        };
+        job.dump(&[])?;
+        job.kill()?;
+        change(&program);
+        judge(&job, &path)?;
+        if job.init().is_some() { expect_ok(sandbox, &nonce) } else { Ok(()) }
+    });
+}
+
+/// Puts a file with this content in the place of another: a new inode with new times.
+fn replace(path: &Path, content: &[u8]) {
+    let beside = path.with_extension("new");
+    fs::write(&beside, content).unwrap();
+    fs::set_permissions(&beside, fs::metadata(path).unwrap().permissions()).unwrap();
+    fs::rename(&beside, path).unwrap();
+}
+
+/// The same ELF file with other bytes in its build-id note.
+fn with_another_build_id(mut elf: Vec<u8>) -> Vec<u8> {
+    // Lengths of name and id, NT_GNU_BUILD_ID, the name.
+    let head = [&4u32.to_le_bytes()[..], &20u32.to_le_bytes(), &3u32.to_le_bytes(), b"GNU\0"].concat();
+    let at = elf.windows(head.len()).position(|window| window == head).expect("a build-id of 20 bytes");
+    elf[at + head.len()..][..20].iter_mut().for_each(|byte| *byte = !*byte);
+    elf
+}
+
+#[test]
+fn reinstalled_executable_is_accepted() {
+    executable_changed(
+        "policy-same-build",
+        |path| replace(path, &fs::read(path).unwrap()),
+        |job, path| {
+            expect_refused(job, &["--files", "refuse"], path)?;
+            expect_restored(job, &[]).map(drop)
+        },
+    );
+}
+
+#[test]
+fn executable_of_another_build_is_refused() {
+    executable_changed(
+        "policy-other-build",
+        |path| replace(path, &with_another_build_id(fs::read(path).unwrap())),
+        |job, path| {
+            let refused = expect_refused(job, &[], path)?;
+            expect(refused.stderr.matches("build-id").count() == 2, refused.report())?;
+            expect_refused(job, &["--files", "keep"], path)?;
+            expect_restored(job, &["--allow-changed", path]).map(drop)
+        },
+    );
+}
+
+#[test]
+fn executable_of_another_build_with_the_old_times_is_refused() {
+    executable_changed(
+        "policy-other-build-times",
+        |path| {
+            let modified = fs::metadata(path).unwrap().modified().unwrap();
+            replace(path, &with_another_build_id(fs::read(path).unwrap()));
+            fs::File::options().write(true).open(path).unwrap().set_modified(modified).unwrap();
+        },
+        |job, path| {
+            let refused = expect_refused(job, &[], path)?;
+            expect(refused.stderr.matches("build-id").count() == 2, refused.report())
+        },
     );
 }
 

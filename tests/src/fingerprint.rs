@@ -2,11 +2,11 @@
 //! A job's state as /proc shows it: what must be the same before and after a dump that left the job running.
 //!
 //! Taken of all descendants of the job's pid 1 (pid 1 itself is ckpt's own and opens what it needs): mappings,
-//! descriptors with flags and position, threads with their signal sets, the tracer, namespaces, mounts, and the number of
+//! descriptors with flags and position, whether they are dumpable, threads with their signal sets, the tracer, namespaces, mounts, and the number of
 //! processes. Counters (times, faults, sizes) are left out. What cannot be read is recorded with its error, so it
 //! compares as well.
 
-use std::{collections::BTreeMap, fmt::Write, fs, path::Path};
+use std::{collections::BTreeMap, fmt::Write, fs, os::unix::fs::MetadataExt, path::Path};
 
 use crate::process::HostProcess;
 
@@ -115,6 +115,10 @@ impl Fingerprint {
             format!("{fd} -> {} [{}]", link(&proc.join("fd").join(&fd)), kept.join(", "))
         });
         add("descriptors", descriptors.collect());
+        // Those of a process that is not dumpable belong to root.
+        let owner = fs::metadata(proc.join("fd"))
+            .map_or_else(|error| format!("unreadable: {error}"), |metadata| metadata.uid().to_string());
+        add("owner of its descriptors in /proc", vec![owner]);
         for tid in names_in(&proc.join("task")) {
             let status = lines_of(&proc.join("task").join(&tid).join("status"));
             let kept = status

@@ -75,7 +75,7 @@ pub struct Padding {
 
 /// Bytes at the start of the padding for self-finishing blocks; behind them are places for
 /// [`crate::arch::write_block`].
-const LIVE_BYTES: u64 = 800;
+const LIVE_BYTES: u64 = 960;
 
 impl Padding {
     /// Where code for short writes may be, each place of [`arch::WRITE_BLOCK_BYTES`]. A place is used once in the life
@@ -97,7 +97,20 @@ impl Padding {
         let start = (vdso.start + used as u64 + 16).next_multiple_of(16);
         Ok(Padding { start: start.min(vdso.end), end: vdso.end })
     }
+
+    /// What remains of it while `live`, which was opened at its start, is under way: another task of the process may
+    /// have an injection there.
+    pub fn beside(&self, live: &Live) -> Padding {
+        let start = (self.start + live.block_bytes as u64).next_multiple_of(16);
+        Padding { start: start.min(self.end), end: self.end }
+    }
 }
+
+/// A system call: its number and arguments.
+pub type SystemCall = (i64, [u64; 6]);
+
+/// One that does nothing.
+pub const NO_CALL: SystemCall = (libc::SYS_getpid, [0; 6]);
 
 /// An injection under way in one stopped task. Dropped without [`Live::close`], the tracee is left to finish by itself.
 #[derive(Debug)]
@@ -108,14 +121,16 @@ pub struct Live {
     saved: Registers,
     mask: u64,
     quiet: bool,
+    last: SystemCall,
     scratch: u64,
     mapped: bool,
 }
 
 impl Live {
-    /// Starts an injection into `pid`, which is in an EVENT_STOP. No other task with the same memory may have one.
-    /// `scratch` is a page where nothing is mapped; `quiet`: no deliverable signal is pending; `saved`: the registers
-    /// to go on with.
+    /// Starts an injection into `pid`, which is in an EVENT_STOP. No other task with the same memory may have one in the
+    /// same padding. `scratch` is a page where nothing is mapped; `quiet`: no deliverable signal is pending; `saved`: the
+    /// registers to go on with. The task makes the call `last` before it goes on, whether told to by [`Live::close`] or
+    /// left to finish by itself, and then perhaps more than once: it undoes what the injection does.
     ///
     /// # Errors
     /// [`InjectError::NoRoom`], or what ptrace gives; the task is then as it was.
@@ -126,10 +141,11 @@ impl Live {
         scratch: u64,
         saved: &Registers,
         quiet: bool,
+        last: SystemCall,
     ) -> Result<Live, InjectError> {
         let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
         let mask = ptrace::signal_mask(pid).map_err(err("get signal mask"))?;
-        let finish = LiveFinish { scratch: (scratch, SCRATCH_BYTES), mask, registers: *saved };
+        let finish = LiveFinish { scratch: (scratch, SCRATCH_BYTES), mask, last, registers: *saved };
         let block = arch::live_block(&finish, quiet);
         if padding.end - padding.start < block.len() as u64 {
             return Err(InjectError::NoRoom { pid, needed: block.len() });
@@ -142,6 +158,7 @@ impl Live {
             saved: *saved,
             mask,
             quiet,
+            last,
             scratch,
             mapped: false,
         };
@@ -207,6 +224,19 @@ impl Live {
         Ok(self.scratch)
     }
 
+    /// Unmaps the scratch page, so that an injection into another task of the process may have its own there.
+    ///
+    /// # Errors
+    /// If the task could not be driven.
+    pub fn release_scratch(&mut self) -> Result<(), InjectError> {
+        if self.mapped {
+            let args = [self.scratch, SCRATCH_BYTES, 0, 0, 0, 0];
+            self.call("munmap of the scratch page", libc::SYS_munmap, args)?;
+            self.mapped = false;
+        }
+        Ok(())
+    }
+
     /// Executes a call that fills `N` bytes at the address `fill` gets, and returns them with the raw result.
     ///
     /// # Errors
@@ -235,12 +265,10 @@ impl Live {
     pub fn close(mut self, memory: &Forced) -> Result<(), InjectError> {
         let pid = self.pid;
         let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
-        if self.mapped {
-            self.call(
-                "munmap of the scratch page",
-                libc::SYS_munmap,
-                [self.scratch, SCRATCH_BYTES, 0, 0, 0, 0],
-            )?;
+        self.release_scratch()?;
+        if self.last != NO_CALL {
+            let (nr, args) = self.last;
+            self.call("undoing what was changed", nr, args)?;
         }
         ptrace::interrupt(pid).map_err(err("interrupt"))?;
         ptrace::cont(pid, 0).map_err(err("continue"))?;
@@ -254,5 +282,22 @@ impl Live {
         memory
             .write(self.padding.start, &vec![0; self.block_bytes])
             .map_err(|source| InjectError::Memory { pid, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_blocks_leave_the_places_for_writes_alone() {
+        let finish = LiveFinish {
+            scratch: (0, 0),
+            mask: 0,
+            last: (libc::SYS_getpid, [0; 6]),
+            registers: arch::registers_from_words(&[0; 27]),
+        };
+        let bytes = arch::live_block(&finish, true).len() as u64;
+        assert!(2 * bytes.next_multiple_of(16) <= LIVE_BYTES, "a block has {bytes} bytes");
     }
 }

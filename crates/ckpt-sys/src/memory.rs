@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Another process's memory: process_vm_readv(2), process_vm_writev(2) and /proc/pid/mem.
+//! Another process's memory: process_vm_readv(2), process_vm_writev(2), /proc/pid/mem and PTRACE_POKEDATA.
 
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
@@ -44,17 +44,31 @@ pub fn write(pid: Pid, addr: u64, buf: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
-/// /proc/pid/mem: reaches pages that the process itself may not read or write.
+/// Access to pages that the process itself may not read or write.
 #[derive(Debug)]
-pub struct Forced(File);
+pub struct Forced(Way);
+
+#[derive(Debug)]
+enum Way {
+    /// /proc/pid/mem.
+    File(File),
+    /// PTRACE_PEEKDATA and PTRACE_POKEDATA.
+    Words(Pid),
+}
 
 impl Forced {
-    /// Opens it, for writing too.
+    /// Opens /proc/pid/mem, for writing too.
     ///
     /// # Errors
-    /// As open(2); EACCES if the process may not be traced.
+    /// As open(2); EACCES if the process may not be traced, or is not dumpable and its owner in /proc not mapped here.
     pub fn open(pid: Pid) -> std::io::Result<Forced> {
-        File::options().read(true).write(true).open(format!("/proc/{pid}/mem")).map(Forced)
+        let file = File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
+        Ok(Forced(Way::File(file)))
+    }
+
+    /// Word by word through ptrace(2): for a tracee, while it is stopped, whose /proc/pid/mem can't be opened.
+    pub fn by_words(pid: Pid) -> Forced {
+        Forced(Way::Words(pid))
     }
 
     /// Fills `buf` from `addr`.
@@ -62,7 +76,16 @@ impl Forced {
     /// # Errors
     /// EIO if nothing is mapped there.
     pub fn read(&self, addr: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        self.0.read_exact_at(buf, addr)
+        match &self.0 {
+            Way::File(f) => f.read_exact_at(buf, addr),
+            Way::Words(pid) => {
+                for (i, chunk) in buf.chunks_mut(8).enumerate() {
+                    let word = crate::ptrace::peek(*pid, addr + i as u64 * 8)?.to_le_bytes();
+                    chunk.copy_from_slice(&word[..chunk.len()]);
+                }
+                Ok(())
+            }
+        }
     }
 
     /// Writes `buf` to `addr`, into a private copy of the page if the mapping is private.
@@ -70,6 +93,20 @@ impl Forced {
     /// # Errors
     /// EIO if nothing is mapped there.
     pub fn write(&self, addr: u64, buf: &[u8]) -> std::io::Result<()> {
-        self.0.write_all_at(buf, addr)
+        match &self.0 {
+            Way::File(f) => f.write_all_at(buf, addr),
+            Way::Words(pid) => {
+                for (i, chunk) in buf.chunks(8).enumerate() {
+                    let at = addr + i as u64 * 8;
+                    let mut word = match chunk.len() {
+                        8 => [0; 8],
+                        _ => crate::ptrace::peek(*pid, at)?.to_le_bytes(),
+                    };
+                    word[..chunk.len()].copy_from_slice(chunk);
+                    crate::ptrace::poke(*pid, at, u64::from_le_bytes(word))?;
+                }
+                Ok(())
+            }
+        }
     }
 }

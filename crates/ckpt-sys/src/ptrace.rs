@@ -89,6 +89,28 @@ pub fn set_registers(pid: Pid, r: &Registers) -> Result<()> {
     request(libc::PTRACE_SETREGS, pid, 0, r as *const Registers as usize).map(drop)
 }
 
+/// PTRACE_PEEKDATA: a word of its memory, also where it may not read itself.
+///
+/// # Errors
+/// EIO if nothing is mapped there, ESRCH if the task is not stopped.
+pub fn peek(pid: Pid, addr: u64) -> Result<u64> {
+    let mut word = 0u64;
+    crate::hook::point();
+    // The system call stores the word at `data`; libc's wrapper would return it, mixed up with errors.
+    let args = (libc::SYS_ptrace, libc::PTRACE_PEEKDATA as u64, pid.as_raw() as u64);
+    // SAFETY: `word` is a live u64, which is what PTRACE_PEEKDATA writes.
+    Errno::result(unsafe { libc::syscall(args.0, args.1, args.2, addr, &raw mut word) })?;
+    Ok(word)
+}
+
+/// PTRACE_POKEDATA: a word into its memory, into a private copy of the page where it may not write itself.
+///
+/// # Errors
+/// EIO if nothing is mapped there, ESRCH if the task is not stopped.
+pub fn poke(pid: Pid, addr: u64, word: u64) -> Result<()> {
+    request(libc::PTRACE_POKEDATA, pid, addr as usize, word as usize).map(drop)
+}
+
 const NT_X86_XSTATE: usize = 0x202;
 
 /// The whole extended state (x87, SSE, AVX, …) in the layout of XSAVE (standard format), PTRACE_GETREGSET.

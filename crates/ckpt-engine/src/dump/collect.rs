@@ -6,17 +6,18 @@ use crate::error::DumpError;
 use crate::kind::Kind;
 use crate::model::process::{Process, Task};
 use crate::resource::{At, Collect, Collected, Resource, in_order};
-use ckpt_sys::inject::{Live, Padding, SCRATCH_BYTES};
+use ckpt_sys::inject::{Live, NO_CALL, Padding, SCRATCH_BYTES};
 use ckpt_sys::memory::Forced;
 
 /// Runs all kinds over the job, its open files, its processes and their threads.
 ///
 /// # Errors
 /// The first error of a kind.
-pub fn collect(frozen: &FrozenJob, warnings: &mut Vec<String>) -> Result<Collected, DumpError> {
+pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Collected, DumpError> {
     let mut out = Collected::default();
     let order = in_order();
-    let job = &frozen.job;
+    let FrozenJob { job, opened, .. } = frozen;
+    let job = &*job;
     let step = |live: Option<&mut Live>,
                 at: At<'_>,
                 only: Option<Kind>,
@@ -35,9 +36,19 @@ pub fn collect(frozen: &FrozenJob, warnings: &mut Vec<String>) -> Result<Collect
             continue;
         }
         let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
-        let padding = padding_of(p)?;
+        let mut opened = opened.get(p.pid);
+        let padding = opened.as_ref().map_or_else(|| padding_of(p), |o| Ok(o.padding))?;
         for t in &p.threads {
             let _beside = ckpt_sys::task::Beside::task(t.host);
+            if t.tid == p.pid
+                && let Some(o) = &mut opened
+            {
+                step(Some(&mut o.live), At::Process(p), None, &mut out, warnings)?;
+                step(Some(&mut o.live), At::Thread(p, t), None, &mut out, warnings)?;
+                // The other threads have theirs at the same place.
+                o.live.release_scratch()?;
+                continue;
+            }
             let mut live = open(p, t, &memory, padding)?;
             if t.tid == p.pid {
                 step(Some(&mut live), At::Process(p), None, &mut out, warnings)?;
@@ -63,7 +74,7 @@ fn collect_all(
 }
 
 /// Where code may be written in a process.
-fn padding_of(p: &Process) -> Result<Padding, DumpError> {
+pub(super) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
     p.padding().ok_or_else(|| DumpError::Process {
         pid: p.pid,
         what: "finding its vDSO".into(),
@@ -73,13 +84,19 @@ fn padding_of(p: &Process) -> Result<Padding, DumpError> {
     })
 }
 
+/// The error of a process whose address space is full.
+pub(super) fn no_place(pid: i32) -> DumpError {
+    let source = std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+    DumpError::Process { pid, what: "finding a free page in its address space".into(), source }
+}
+
 fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {
-    let missing = |what: &str| DumpError::Process {
+    let missing = || DumpError::Process {
         pid: p.pid,
-        what: what.to_owned(),
-        source: std::io::Error::from(std::io::ErrorKind::OutOfMemory),
+        what: format!("state of thread {}", t.tid),
+        source: std::io::Error::from(std::io::ErrorKind::NotFound),
     };
-    let frozen = t.frozen.as_ref().ok_or_else(|| missing("thread state"))?;
-    let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| missing("finding a free page in its address space"))?;
-    Ok(Live::open(t.host, memory, padding, scratch, &frozen.registers, frozen.quiet)?)
+    let frozen = t.frozen.as_ref().ok_or_else(missing)?;
+    let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
+    Ok(Live::open(t.host, memory, padding, scratch, &frozen.registers, frozen.quiet, NO_CALL)?)
 }

@@ -2,6 +2,7 @@
 //! Discover: the whole job, and everything in it that can't be saved, before anything is stopped.
 
 use crate::error::{DumpError, Refusals};
+use crate::model::build_id::BuildIds;
 use crate::model::{Job, JobInfo};
 use crate::resource::{REGISTRY, in_order};
 use crate::snapshot::Engine;
@@ -24,7 +25,7 @@ pub struct Discovered {
 pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
     // Processes come and go while they are looked at: only what is refused, or fails, twice in a row counts.
     let mut before = None;
-    let job = loop {
+    let mut job = loop {
         let mut refusals = Refusals::default();
         let found =
             Job::observe(info, &mut refusals).and_then(|mut job| examine(&mut job, refusals).map(|()| job));
@@ -40,6 +41,7 @@ pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
             }
         }
     };
+    job.build_ids = BuildIds::of_job(&job);
     let memory_bytes = job.live().flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum();
     Ok(Discovered { job, memory_bytes })
 }

@@ -3,6 +3,7 @@
 //!
 //! Dropping a [`FrozenJob`] resumes the job, and so does the kernel if the dumper is killed.
 
+use super::dumpable::MadeDumpable;
 use super::{discover, short_write};
 use crate::error::{DumpError, Refusals};
 use crate::model::process::{Frozen, Task, children};
@@ -22,6 +23,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 pub struct FrozenJob {
     /// The job as it stands still.
     pub job: Job,
+    /// Before `tasks`: they are put back before they are let go.
+    pub(super) opened: MadeDumpable,
     tasks: Tasks,
 }
 
@@ -179,9 +182,11 @@ impl Tasks {
         Ok(())
     }
 
-    /// A task may still be finishing the code of a dumper that was killed: it must be through before that is overwritten.
-    fn leave(&mut self, threads: &[Task], padding: Padding, pid: i32) -> Result<(), DumpError> {
+    /// A task may still be finishing the code of a dumper that was killed: it must be through before that is overwritten,
+    /// and what it undoes is seen only afterwards. True if there was one.
+    fn leave(&mut self, threads: &[Task], padding: Padding, pid: i32) -> Result<bool, DumpError> {
         let until = Instant::now() + STOP_LIMIT;
+        let mut went_on = false;
         for t in threads {
             loop {
                 let r = ptrace::registers(t.host).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
@@ -191,6 +196,7 @@ impl Tasks {
                 if Instant::now() > until {
                     return Err(not_stopped(t.host));
                 }
+                went_on = true;
                 self.stopped.remove(&t.host);
                 self.running.insert(t.host, Instant::now());
                 self.go_on(t.host, 0)?;
@@ -200,7 +206,7 @@ impl Tasks {
                 }
             }
         }
-        Ok(())
+        Ok(went_on)
     }
 
     fn let_go(&mut self) {
@@ -265,19 +271,40 @@ pub fn freeze(info: &JobInfo) -> Result<FrozenJob, DumpError> {
         let settled = !new && tasks.running.is_empty();
         quiet_rounds = if settled { quiet_rounds + 1 } else { 0 };
     }
-    let mut refusals = Refusals::default();
-    let mut job = Job::observe(info, &mut refusals)?;
+    let mut opened = MadeDumpable::default();
+    let (mut job, refusals) = loop {
+        let mut refusals = Refusals::default();
+        let job = Job::observe(info, &mut refusals)?;
+        let mut look_again = false;
+        for p in job.live().filter(|p| !opened.has(p.pid)) {
+            if let Some(padding) = p.padding() {
+                look_again |= tasks.leave(&p.threads, padding, p.pid)?;
+            }
+        }
+        if !look_again {
+            for p in job.live().filter(|p| p.closed) {
+                look_again |= opened.open(p, look(p.host, p.pid)?, &mut refusals)?;
+            }
+        }
+        if !look_again {
+            break (job, refusals);
+        }
+    };
     for p in job.processes.iter_mut().filter(|p| p.zombie.is_none()) {
         p.stopped = tasks.stopped.get(&p.host).is_some_and(|s| *s != libc::SIGTRAP);
-        if let Some(padding) = p.padding() {
-            tasks.leave(&p.threads, padding, p.pid)?;
-        }
+        let made_dumpable = opened.get(p.pid);
+        p.dumpable = made_dumpable.as_ref().map(|o| o.value);
+        // The registers of its main thread are those of an injection now.
+        let leader = made_dumpable.map(|o| o.frozen.clone());
         for t in &mut p.threads {
-            t.frozen = Some(look(t.host, p.pid)?);
+            t.frozen = match &leader {
+                Some(frozen) if t.tid == p.pid => Some(frozen.clone()),
+                _ => Some(look(t.host, p.pid)?),
+            };
         }
     }
     discover::examine(&mut job, refusals)?;
-    Ok(FrozenJob { job, tasks })
+    Ok(FrozenJob { job, opened, tasks })
 }
 
 fn not_stopped(tid: Pid) -> DumpError {
@@ -332,6 +359,7 @@ impl FrozenJob {
     /// # Errors
     /// None at present; tasks that are gone need no resuming.
     pub fn resume(mut self) -> Result<(), DumpError> {
+        self.opened.close();
         self.tasks.let_go();
         Ok(())
     }

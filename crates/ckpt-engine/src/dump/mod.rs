@@ -4,6 +4,7 @@
 pub mod barrier;
 pub mod collect;
 pub mod discover;
+pub mod dumpable;
 pub mod freeze;
 pub mod short_write;
 pub mod snapshot;
@@ -82,9 +83,10 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let writer = write::start(dir, compression)?;
     barrier::prepare(&found.job);
     let started = Instant::now();
-    let frozen = freeze::freeze(&info)?;
+    let mut frozen = freeze::freeze(&info)?;
+    frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
-    let collected = collect::collect(&frozen, &mut warnings)?;
+    let collected = collect::collect(&mut frozen, &mut warnings)?;
     let mut snapshot = snapshot::take(engine, &collected.sources)?;
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };

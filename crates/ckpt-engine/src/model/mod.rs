@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The job as ckpt sees it: processes, mappings, open file descriptions, and which of them are one object.
 
+pub mod build_id;
 pub mod file;
 pub mod memory;
 pub mod process;
@@ -65,6 +66,8 @@ pub struct Job {
     pub unix_sockets: HashMap<u32, ckpt_sys::socket::UnixSocket>,
     /// Process groups: as ckpt sees them to as the job sees them.
     pub groups: HashMap<i32, i32>,
+    /// Build-ids of mapped files, as *discover* read them.
+    pub build_ids: build_id::BuildIds,
 }
 
 impl Job {
@@ -101,7 +104,14 @@ impl Job {
             if p.zombie.is_some() {
                 continue;
             }
-            for (number, seen) in file::descriptors(p.host)? {
+            let list = match file::descriptors(p.host) {
+                Err(_) if p.is_closed_now() => {
+                    p.closed = true;
+                    continue;
+                }
+                list => list?,
+            };
+            for (number, seen) in list {
                 let key = (seen.stat.dev, seen.stat.ino, seen.flags, seen.position, seen.target.clone());
                 let ids = groups.entry(key).or_default();
                 let mut same = None;
@@ -162,6 +172,11 @@ impl Job {
             }
         }
         Ok(())
+    }
+
+    /// Where a file of the job can be looked at from outside: paths are as init has them, whatever root a process has.
+    pub fn outside(&self, path: &str) -> String {
+        format!("/proc/{}/root{path}", self.info.init)
     }
 
     /// The live processes.

@@ -62,6 +62,10 @@ pub struct Process {
     pub vmas: Vec<Vma>,
     /// Its descriptors, sorted by number.
     pub descriptors: Vec<Descriptor>,
+    /// It is not dumpable and its descriptors can't be seen; only when frozen it is made dumpable.
+    pub closed: bool,
+    /// PR_GET_DUMPABLE of a process that has been made dumpable.
+    pub dumpable: Option<u32>,
 }
 
 /// Children of all threads of a process, as ckpt sees them; none if it is gone.
@@ -123,7 +127,18 @@ impl Process {
             threads,
             vmas,
             descriptors: Vec::new(),
+            closed: false,
+            dumpable: None,
         })
+    }
+
+    /// Whether its files in /proc are closed to us because it is not dumpable: they belong to the host's root then.
+    pub fn is_closed_now(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let dir = format!("/proc/{}/fd", self.host);
+        let denied = |e: std::io::Error| e.kind() == ErrorKind::PermissionDenied;
+        std::fs::metadata(&dir).is_ok_and(|m| m.uid() != self.status.euid)
+            && std::fs::read_dir(&dir).is_err_and(denied)
     }
 
     /// The vDSO's mapping.

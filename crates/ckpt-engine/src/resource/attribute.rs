@@ -50,7 +50,11 @@ impl Resource for AttributeResource {
         let prctl = |live: &mut ckpt_sys::inject::Live, option: i32| {
             live.call("prctl", libc::SYS_prctl, [option as u64, 0, 0, 0, 0, 0])
         };
-        let dumpable = prctl(live, libc::PR_GET_DUMPABLE)? as u32;
+        let dumpable = match p.dumpable {
+            // It is dumpable only for now.
+            Some(before) => before,
+            None => prctl(live, libc::PR_GET_DUMPABLE)? as u32,
+        };
         let thp_disabled = prctl(live, libc::PR_GET_THP_DISABLE)? != 0;
         let option = libc::PR_GET_CHILD_SUBREAPER as u64;
         let (_, reaper) = live.query::<4>(libc::SYS_prctl, |at| [option, at, 0, 0, 0, 0])?;

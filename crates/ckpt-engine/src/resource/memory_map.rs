@@ -82,6 +82,8 @@ pub struct MappedFile {
     pub path: Vec<u8>,
     /// What it was.
     pub stat: FileStat,
+    /// Its build-id, if it is an ELF file that has one.
+    pub build_id: Option<Vec<u8>>,
 }
 
 /// The address space of a process.
@@ -173,11 +175,6 @@ const ADVICE: &[(&str, i32)] = &[
     ("mg", libc::MADV_MERGEABLE),
 ];
 
-/// Where a named file can be looked at from outside: paths are as init has them, whatever root the process has.
-fn outside(job: &Job, path: &str) -> String {
-    format!("/proc/{}/root{path}", job.info.init)
-}
-
 /// The kind.
 #[derive(Debug)]
 pub struct MemoryMapResource;
@@ -234,7 +231,7 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
         }
     }
     if v.is_file() && !v.deleted && !super::shared_object::is_memory_object(v) {
-        match std::fs::metadata(outside(job, &v.name)) {
+        match std::fs::metadata(job.outside(&v.name)) {
             Ok(m) if FileStat::of(&m).ino == v.ino => {}
             _ => refusals.process(
                 p.pid,
@@ -308,8 +305,10 @@ impl MemoryMapResource {
                 let file = match files.iter().position(|f| f.path == path) {
                     Some(i) => i,
                     None => {
-                        let m = std::fs::metadata(outside(cx.job, &v.name)).map_err(err(&v.name))?;
-                        files.push(MappedFile { path, stat: FileStat::of(&m) });
+                        let outside = cx.job.outside(&v.name);
+                        let stat = FileStat::of(&std::fs::metadata(&outside).map_err(err(&v.name))?);
+                        let build_id = cx.job.build_ids.get(outside.as_ref(), &stat);
+                        files.push(MappedFile { path, stat, build_id });
                         files.len() - 1
                     }
                 };

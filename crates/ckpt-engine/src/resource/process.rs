@@ -6,6 +6,7 @@ use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
+use crate::model::process::Process;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -73,15 +74,13 @@ impl Resource for ProcessResource {
     }
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
-        // Filters that ckpt itself runs under are the host's doing, and will be there at the restore.
-        let host_filters = seccomp_filters(Pid::this());
         let nesting = nesting(job);
         for p in &job.processes {
             let s = &p.status;
             if p.zombie.is_some() && p.threads.len() > 1 {
                 refusals.process(p.pid, "its main thread has ended and others run on", "not supported");
             }
-            if s.seccomp.unwrap_or(0) == 1 || seccomp_filters(p.host) > host_filters {
+            if is_filtered(p) {
                 refusals.process(
                     p.pid,
                     "it runs under a seccomp filter",
@@ -168,6 +167,12 @@ impl Resource for ProcessResource {
         }
         Ok(())
     }
+}
+
+/// Whether a process runs under seccomp. Filters that ckpt itself runs under are the host's doing, and will be there at
+/// the restore.
+pub fn is_filtered(p: &Process) -> bool {
+    p.status.seccomp.unwrap_or(0) == 1 || seccomp_filters(p.host) > seccomp_filters(Pid::this())
 }
 
 /// Number of seccomp filters a process runs under.

@@ -353,6 +353,8 @@ pub fn open_call(b: &mut Batch<'_>, path: &[u8], flags: i32) -> CallId {
     // O_DIRECT may be set on what can't be opened with it (a pipe); it follows by F_SETFL.
     const NOT_AGAIN: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_DIRECT;
     let at = b.string(path);
+    // A link in /proc is there to be followed, whatever the path was that the application opened.
+    let flags = if path.starts_with(b"/proc/") { flags & !libc::O_NOFOLLOW } else { flags };
     // O_TMPFILE contains O_DIRECTORY.
     let flags = if flags & libc::O_TMPFILE == libc::O_TMPFILE { flags & !libc::O_TMPFILE } else { flags };
     let flags = (flags & !NOT_AGAIN) | libc::O_NOCTTY | libc::O_CLOEXEC;

@@ -6,6 +6,7 @@ use super::read::Image;
 use super::{FilePolicy, RestoreRequest};
 use crate::error::{Conflict, Conflicts, RestoreError};
 use crate::kind::Kind;
+use crate::model::build_id;
 use crate::model::file::FileStat;
 use crate::model::memory::{hole, read_smaps};
 use crate::resource::decode;
@@ -18,6 +19,7 @@ use ckpt_sys::libc;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// Room behind the area for the vDSO and its data on the way.
 pub const VDSO_ROOM: u64 = 1 << 20;
@@ -41,6 +43,41 @@ struct Used {
     /// All writers are at its end.
     at_end: bool,
     mapped: bool,
+    /// Some process may write to it through a mapping.
+    mapped_writable: bool,
+    build_id: Option<Vec<u8>>,
+}
+
+impl Used {
+    fn new(stat: FileStat) -> Used {
+        Used { stat, writers: false, at_end: true, mapped: false, mapped_writable: false, build_id: None }
+    }
+
+    /// What the build-ids say of a mapped ELF file whose `stat` is `now`.
+    fn compare_build(&self, path: &Path, now: &FileStat) -> BuildMatch {
+        let Some(then) = self.build_id.as_deref().filter(|_| self.mapped) else { return BuildMatch::Unknown };
+        match build_id::of_file(path, now) {
+            None => BuildMatch::Unknown,
+            Some(id) if id != then => {
+                BuildMatch::Other { then: build_id::hex(then), now: build_id::hex(&id) }
+            }
+            // What the job itself writes there no build-id tells.
+            Some(_) if self.writers || self.mapped_writable || self.stat.size != now.size => {
+                BuildMatch::Unknown
+            }
+            Some(_) => BuildMatch::Same,
+        }
+    }
+}
+
+/// How a mapped file compares with that of the dump.
+enum BuildMatch {
+    /// The same library or program, wherever this copy of it is from.
+    Same,
+    /// Another; the ids in words.
+    Other { then: String, now: String },
+    /// There is nothing to compare.
+    Unknown,
 }
 
 fn files(image: &Image) -> Result<BTreeMap<Vec<u8>, Used>, RestoreError> {
@@ -52,21 +89,20 @@ fn files(image: &Image) -> Result<BTreeMap<Vec<u8>, Used>, RestoreError> {
         }
         let writes = f.opened.flags & libc::O_ACCMODE != libc::O_RDONLY;
         let at_end = f.opened.flags & libc::O_APPEND != 0 || f.opened.position == f.stat.size;
-        let u =
-            out.entry(f.path).or_insert(Used { stat: f.stat, writers: false, at_end: true, mapped: false });
+        let u = out.entry(f.path).or_insert_with(|| Used::new(f.stat));
         u.writers |= writes;
         u.at_end &= !writes || at_end;
     }
     for r in image.of_kind(Kind::MemoryMap) {
         let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
-        for f in m.files {
-            let u = out.entry(f.path).or_insert(Used {
-                stat: f.stat,
-                writers: false,
-                at_end: true,
-                mapped: true,
-            });
+        for (i, f) in m.files.into_iter().enumerate() {
+            let u = out.entry(f.path).or_insert_with(|| Used::new(f.stat));
             u.mapped = true;
+            u.build_id = u.build_id.take().or(f.build_id);
+            u.mapped_writable |= m.vmas.iter().any(|v| {
+                let of_file = matches!(v.backing, Backing::File { file, .. } if file as usize == i);
+                of_file && v.may_write && v.flags & libc::MAP_SHARED != 0
+            });
         }
     }
     Ok(out)
@@ -176,10 +212,23 @@ fn judge_files(
             conflict("it is no regular file any more".into(), "put it back and restore again");
             continue;
         }
-        if used.stat.unchanged(&now) || allowed {
+        let same = used.stat.dev == now.dev && used.stat.ino == now.ino;
+        let unchanged = used.stat.unchanged(&now);
+        if allowed || unchanged && same {
             continue;
         }
-        let same = used.stat.dev == now.dev && used.stat.ino == now.ino;
+        match used.compare_build(Path::new(OsStr::from_bytes(&path)), &now) {
+            BuildMatch::Other { then, now } => {
+                conflict(
+                    format!("the job has it mapped and needs build-id {then}; this one has build-id {now}"),
+                    "put the old file back, or accept this one with --allow-changed PATH",
+                );
+                continue;
+            }
+            BuildMatch::Same if policy != FilePolicy::Refuse => continue,
+            _ if unchanged => continue,
+            _ => {}
+        }
         let grew = same && now.size > used.stat.size && used.writers && !used.mapped;
         let change = match (now.size.cmp(&used.stat.size), same) {
             (_, false) => "it has been replaced by another file since the dump".to_owned(),

@@ -185,8 +185,9 @@ global_asm!(
 );
 
 // The self-finishing block of a live task. Whatever instruction the tracer dies at, the task falls through here:
-// unmaps the scratch page, puts flags, signal mask and registers back and goes on where it was. It writes to no memory
-// of the application; in particular it leaves the stack alone, which may be a few bytes that someone else manages.
+// unmaps the scratch page, makes the one call it was given, puts flags, signal mask and registers back and goes on where
+// it was. It writes to no memory of the application; in particular it leaves the stack alone, which may be a few bytes
+// that someone else manages.
 // Flags are restored while signals are still masked, as `popfq` needs rsp to point here for a moment.
 global_asm!(
     ".pushsection .rodata.ckpt_live, \"a\", @progbits",
@@ -199,6 +200,14 @@ global_asm!(
     "mov eax, 11",
     "mov rdi, [rip + ckpt_live_data + 0]",
     "mov rsi, [rip + ckpt_live_data + 8]",
+    "syscall",
+    "mov rax, [rip + ckpt_live_data + 168]",
+    "mov rdi, [rip + ckpt_live_data + 176]",
+    "mov rsi, [rip + ckpt_live_data + 184]",
+    "mov rdx, [rip + ckpt_live_data + 192]",
+    "mov r10, [rip + ckpt_live_data + 200]",
+    "mov r8, [rip + ckpt_live_data + 208]",
+    "mov r9, [rip + ckpt_live_data + 216]",
     "syscall",
     "lea rsp, [rip + ckpt_live_data + 24]",
     "popfq",
@@ -227,7 +236,7 @@ global_asm!(
     "jmp qword ptr [rip + ckpt_live_data + 40]",
     ".balign 8",
     "ckpt_live_data:",
-    ".fill 22, 8, 0",
+    ".fill 28, 8, 0",
     "ckpt_live_end:",
     ".popsection",
 );
@@ -285,6 +294,8 @@ pub struct LiveFinish {
     pub scratch: (u64, u64),
     /// The task's signal mask.
     pub mask: u64,
+    /// A last system call, with all signals masked: number and arguments. Its result is not looked at.
+    pub last: (i64, [u64; 6]),
     /// Registers to go on with, when no tracer is there to let the kernel restart a call.
     pub registers: Registers,
 }
@@ -329,9 +340,10 @@ pub fn live_block(f: &LiveFinish, quiet: bool) -> Vec<u8> {
         r.rdx,
         r.rsi,
         r.rdi,
+        f.last.0 as u64,
     ];
     let mut block = code.to_vec();
-    for (i, w) in words.iter().enumerate() {
+    for (i, w) in words.iter().chain(&f.last.1).enumerate() {
         block[data + i * 8..data + i * 8 + 8].copy_from_slice(&w.to_le_bytes());
     }
     block
