@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! SIGKILL on the dumper and on the restoring ckpt at any of its steps. Needs a ckpt with the feature `test-hooks`: there
 //! CKPT_TEST_COUNT=FILE writes the number of steps, CKPT_TEST_KILL_AT=N ends the process at the N-th.
+//! CKPT_TEST_MOMENTS is the number of moments of each (200).
 #![forbid(unsafe_code)]
 
 use std::{fs, path::Path, time::Duration};
@@ -14,23 +15,20 @@ use ckpt_tests::{
     proof::{each_user, left_nothing_behind, with_ready_job},
     sandbox::Sandbox,
     seed::{Random, count_from},
-    user::{User, Users},
+    user::Users,
 };
 
 /// How long what a killed command leaves may take to go.
 const TRACE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The plain user gets all moments, root a few: what differs between them is not the order of the steps.
-fn moments(user: User) -> u64 {
-    match user {
-        User::Plain => count_from("CKPT_TEST_MOMENTS", 200),
-        User::Root => count_from("CKPT_TEST_MOMENTS", 20).min(20),
-    }
+/// How often each is killed.
+fn moments() -> u64 {
+    count_from("CKPT_TEST_MOMENTS", 200)
 }
 
-/// Pids whose environment names the registry of this sandbox: all that ckpt and its jobs started there.
+/// Pids whose environment names this sandbox: all that ckpt and its jobs started there.
 fn processes_of(sandbox: &Sandbox) -> Vec<i32> {
-    let needle = sandbox.runtime.as_os_str().as_encoded_bytes().to_vec();
+    let needle = sandbox.root.as_os_str().as_encoded_bytes().to_vec();
     let mut pids: Vec<i32> = fs::read_dir("/proc")
         .into_iter()
         .flatten()
@@ -103,7 +101,7 @@ fn dump_killed(label: &str, guest: &Guest, users: Users, most: u64) {
             let steps = count_steps(job, sandbox, &["dump", &job.name])?;
             let before = Fingerprint::take(init);
             let population = processes_of(sandbox);
-            let moments = moments(sandbox.user).min(most);
+            let moments = moments().min(most);
             announce(&format!("{label} as {}: {moments} of {steps} steps", sandbox.user.name()));
             for moment in 0..moments {
                 let at = 1 + random.below(steps);
@@ -175,7 +173,7 @@ fn restore_killed_at_any_step() {
             let steps = count_steps(job, sandbox, &words)?;
             job.kill()?;
             let image = inventory(&sandbox.store);
-            let moments = moments(sandbox.user);
+            let moments = moments();
             announce(&format!("kill-restore as {}: {moments} of {steps} steps", sandbox.user.name()));
             for moment in 0..moments {
                 let at = 1 + random.below(steps);

@@ -65,6 +65,9 @@ impl Sandbox {
             ("HOME", text(&self.work)),
             ("XDG_RUNTIME_DIR", text(&self.runtime)),
             ("CKPT_STORE", text(&self.store)),
+            // By this the processes of a job are found: a ckpt with the feature test-hooks hands it on to its pid 1, which
+            // has nothing else in its environment.
+            ("CKPT_TEST_SANDBOX", text(&self.root)),
             ("LC_ALL", "C".to_owned()),
             ("TERM", "dumb".to_owned()),
             ("RUST_BACKTRACE", "1".to_owned()),
