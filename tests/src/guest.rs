@@ -29,8 +29,6 @@ pub struct Guest {
     pub in_motion: bool,
     /// Words in a dump's refusal that say this version of ckpt doesn't support what the guest is about.
     pub may_be_refused: Option<&'static str>,
-    /// A documented limit of ckpt that the guest meets: nothing is demanded of it across a dump.
-    pub limit: Option<&'static str>,
     /// A command under which `ckpt run` is started, such as unshare.
     pub run_under: Vec<String>,
 }
@@ -48,7 +46,6 @@ impl Guest {
             tty: false,
             in_motion: false,
             may_be_refused: None,
-            limit: None,
             run_under: Vec::new(),
         }
     }
@@ -104,13 +101,6 @@ impl Guest {
     /// A dump may refuse it with a message that contains `words`: the test is skipped then, and says so.
     pub fn may_be_refused(mut self, words: &'static str) -> Guest {
         self.may_be_refused = Some(words);
-        self
-    }
-
-    /// ckpt is documented not to keep what the guest is about, and why: all but its control is skipped, and says so.
-    /// CKPT_TEST_LIMITS=yes runs it all the same.
-    pub fn beyond_limit(mut self, why: &'static str) -> Guest {
-        self.limit = Some(why);
         self
     }
 

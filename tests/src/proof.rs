@@ -54,16 +54,6 @@ fn skipped(guest: &Guest, sandbox: &Sandbox, why: &str) -> Outcome<()> {
     Ok(())
 }
 
-/// Whether a documented limit stands in the way of a flow with a dump; prints so.
-fn is_beyond_limit(guest: &Guest, label: &str) -> bool {
-    let Some(why) = guest.limit else { return false };
-    if std::env::var_os("CKPT_TEST_LIMITS").is_some() {
-        return false;
-    }
-    announce(&format!("skipped: {label}: documented limit: {why}"));
-    true
-}
-
 fn judge(verdict: Option<Verdict>, guest: &Guest, sandbox: &Sandbox) -> Outcome<bool> {
     match verdict {
         Some(Verdict::Ok) => Ok(true),
@@ -135,9 +125,6 @@ pub fn prove_static(guest: &Guest) {
 /// With a report, when the guest fails.
 pub fn prove_generations(guest: &Guest, generations: u32) {
     let label = format!("{}-restored-{generations}", guest.label());
-    if is_beyond_limit(guest, &label) {
-        return;
-    }
     each_user(&label, guest.users, |sandbox| {
         with_ready_job(guest, sandbox, |job, nonce| {
             for _ in 0..generations {
@@ -155,9 +142,6 @@ pub fn prove_generations(guest: &Guest, generations: u32) {
 /// With a report, when it doesn't.
 pub fn prove_goes_on(guest: &Guest) {
     let label = format!("{}-goes-on", guest.label());
-    if is_beyond_limit(guest, &label) {
-        return;
-    }
     each_user(&label, guest.users, |sandbox| {
         with_ready_job(guest, sandbox, |job, nonce| {
             let init =
@@ -226,9 +210,6 @@ pub fn left_nothing_behind(before: &Fingerprint, init: HostProcess) -> Outcome<(
 /// With a report, when the guest passes.
 pub fn prove_needs(kind: &str, guest: &Guest) {
     let label = format!("{}-without-{kind}", guest.label());
-    if is_beyond_limit(guest, &label) {
-        return;
-    }
     each_user(&label, guest.users, |sandbox| {
         with_ready_job(guest, sandbox, |job, nonce| {
             dump_and_kill(job, sandbox)?;

@@ -86,7 +86,7 @@ impl Job {
             pending.extend(process::children(host));
             job.processes.push(p);
         }
-        if job.processes.is_empty() {
+        if job.live().next().is_none() {
             return Err(DumpError::JobEnded);
         }
         job.identify_files(refusals)?;

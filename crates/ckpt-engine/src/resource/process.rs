@@ -96,7 +96,9 @@ impl Resource for ProcessResource {
             }
             for ns in ["user", "mnt", "ipc", "uts", "net", "cgroup", "time"] {
                 let of = |pid: Pid| std::fs::read_link(format!("/proc/{pid}/ns/{ns}")).ok();
-                if p.zombie.is_none() && of(p.host) != of(Pid::from_raw(job.info.init)) {
+                // The links of a process that is just ending are gone.
+                let own = of(p.host);
+                if p.zombie.is_none() && own.is_some() && own != of(Pid::from_raw(job.info.init)) {
                     let what = format!("it is in a {ns} namespace of its own");
                     refusals.process(p.pid, what, "nested containers are not supported");
                 }

@@ -36,11 +36,6 @@ const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
 #[derive(Debug)]
 pub struct TimerfdResource;
 
-fn pair(text: Option<&str>) -> Option<[u64; 2]> {
-    let (s, ns) = text?.trim_matches(['(', ')']).split_once(',')?;
-    Some([s.trim().parse().ok()?, ns.trim().parse().ok()?])
-}
-
 impl Resource for TimerfdResource {
     nothing_to_do! { probe, content, connect, arm }
 
@@ -60,15 +55,15 @@ impl Resource for TimerfdResource {
         let At::File(f) = at else { return Ok(()) };
         // A timer that expired stands still until it is asked: that counts what was missed and starts it again.
         let err = |what: &str| DumpError::fd(f.pid, f.fd, what.to_owned());
-        ckpt_sys::descriptor::timerfd_gettime(f.steal()?.as_fd()).map_err(err("timerfd_gettime"))?;
+        let spec =
+            ckpt_sys::descriptor::timerfd_gettime(f.steal()?.as_fd()).map_err(err("timerfd_gettime"))?;
         let path = format!("/proc/{}/fdinfo/{}", f.host, f.fd);
         let text = std::fs::read_to_string(path).map_err(|_| err("its fdinfo")(Errno::ENODATA))?;
         let info = |key: &str| info_value(&text, key);
         let read = || {
-            let [left, left_ns] = pair(info("it_value"))?;
-            let [every, every_ns] = pair(info("it_interval"))?;
+            // The times are those of the answer: it may have expired again since, and show none left.
             let clock = info("clockid")?.parse().ok()?;
-            Some((clock, info("ticks")?.parse().ok()?, [every, every_ns, left, left_ns]))
+            Some((clock, info("ticks")?.parse().ok()?, spec.map(|n| n as u64)))
         };
         let (clock, ticks, spec) =
             read().ok_or_else(|| DumpError::fd(f.pid, f.fd, "its fdinfo")(Errno::ENODATA))?;
@@ -101,8 +96,10 @@ impl Resource for TimerfdResource {
         let Some(&(_, fd)) = cx.files.get(&record.owner) else { return Ok(()) };
         // Armed here and not last: the descriptor it is kept under goes away with the tables.
         cx.run(t.opened.pid, |b| {
-            if t.spec[2] | t.spec[3] != 0 {
-                let spec = b.words(&t.spec);
+            if t.spec != [0; 4] {
+                // A periodic one with no time left expires at once.
+                let now = t.spec[2] | t.spec[3] == 0;
+                let spec = b.words(&[t.spec[0], t.spec[1], t.spec[2], if now { 1 } else { t.spec[3] }]);
                 b.call("timerfd_settime", libc::SYS_timerfd_settime, &[fd as u64, 0, spec, 0]);
             }
             if t.ticks > 0 {
