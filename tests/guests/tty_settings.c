@@ -55,6 +55,10 @@ int main(int argc, char **argv)
 	EXPECT_MEM("c_cc", settings.c_cc, got.c_cc, NCCS);
 	MUST(ioctl(0, TIOCGWINSZ, &size_got));
 	EXPECT_EQ("rows", 37, size_got.ws_row);
+	/* The terminal survives execve(2), what was opened for that does not. */
+	for (int fd = 0; fd < 3; fd++)
+		EXPECT_EQ("FD_CLOEXEC of a standard descriptor", 0, fcntl(fd, F_GETFD));
+	EXPECT_EQ("FD_CLOEXEC of /dev/tty", FD_CLOEXEC, fcntl(controlling, F_GETFD));
 	EXPECT_EQ("columns", 91, size_got.ws_col);
 	EXPECT_EQ("foreground group", foreground, tcgetpgrp(0));
 	EXPECT_EQ("foreground group by /dev/tty", foreground, tcgetpgrp(controlling));

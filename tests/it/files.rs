@@ -8,6 +8,7 @@ ckpt_tests::guest_tests! {
     devices => Guest::new("file_devices"), needs [kinds::CHAR_DEVICE];
     deleted => Guest::new("file_deleted"), needs [kinds::REGULAR_FILE];
     links => Guest::new("file_links");
+    many => Guest::new("file_many"), needs [kinds::FD_TABLE];
     fd_table => Guest::new("file_fd_table"), needs [kinds::FD_TABLE];
     /// Refused for now.
     shared_fd_table => Guest::new("file_fd_table").arg("shared").may_be_refused("shares");

@@ -139,6 +139,82 @@ fn sequential_output_is_put_back() {
     grown_output("sequential");
 }
 
+/// A log that was copied and emptied has grown beyond its old length again: that is no growth.
+#[test]
+fn rotated_output_is_refused() {
+    let guest = Guest::new("file_writer").arg("append");
+    each_user("policy-rotated", Users::Both, |sandbox| {
+        with_ready_job(&guest, sandbox, |job, _| {
+            let at_dump = read(&output(sandbox))?;
+            job.dump(&[])?;
+            job.kill()?;
+            let rotated = vec![b'r'; at_dump.len() + 100];
+            fs::write(output(sandbox), &rotated)
+                .map_err(|error| Failure(format!("cannot write the output: {error}")))?;
+            let path = output(sandbox).to_string_lossy().into_owned();
+            expect_refused(job, &[], &path)?;
+            expect_refused(job, &["--files", "rollback"], &path)?;
+            expect(read(&output(sandbox))? == rotated, "a refused restore changed the file")?;
+            expect_restored(job, &["--files", "keep"]).map(drop)
+        })
+    });
+}
+
+/// What one restore has cut back is what the next restore of the same checkpoint finds.
+#[test]
+fn second_restore_after_a_cut() {
+    let guest = Guest::new("file_writer").arg("append");
+    each_user("policy-cut-twice", Users::Both, |sandbox| {
+        with_ready_job(&guest, sandbox, |job, nonce| {
+            let at_dump = read(&output(sandbox))?;
+            job.dump(&[])?;
+            write_more(sandbox)?;
+            job.kill()?;
+            forget_more(sandbox);
+            expect_restored(job, &[])?;
+            job.kill()?;
+            expect_restored(job, &[])?;
+            expect(read(&output(sandbox))? == at_dump, "the output is not as it was at the dump")?;
+            expect_ok(sandbox, nonce)
+        })
+    });
+}
+
+/// `dump --stop`: nothing of the job runs after its state was taken.
+#[test]
+fn stop_lets_nothing_run() {
+    let guest = Guest::new("file_workers").in_motion();
+    for round in 0..5 {
+        each_user(&format!("policy-stop-{round}"), Users::Both, |sandbox| {
+            with_ready_job(&guest, sandbox, |job, nonce| {
+                job.dump(&["--stop"])?;
+                expect(job.init().is_none(), "the job lives on after dump --stop")?;
+                // A single write after the dump would be refused, as the files are written in place.
+                expect_restored(job, &["--files", "refuse"])?;
+                expect_ok(sandbox, nonce)
+            })
+        });
+    }
+}
+
+/// A job stopped twice has a second stop pending.
+#[test]
+fn stopped_twice() {
+    let guest = Guest::new("file_writer").arg("append");
+    each_user("policy-stopped-twice", Users::Both, |sandbox| {
+        with_ready_job(&guest, sandbox, |job, nonce| {
+            for _ in 0..2 {
+                job.succeed(&["kill", job.name.as_str(), "STOP"], &[])?;
+            }
+            job.dump(&[])?;
+            job.kill()?;
+            expect_restored(job, &[])?;
+            job.succeed(&["kill", job.name.as_str(), "CONT"], &[])?;
+            expect_ok(sandbox, nonce)
+        })
+    });
+}
+
 #[test]
 fn grown_output_by_option() {
     let guest = Guest::new("file_writer").arg("append");
