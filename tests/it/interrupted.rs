@@ -44,8 +44,8 @@ blocked_in! {
     read_eventfd;
     recv;
     recv_timeout;
-    semop.may_be_refused("system v ipc");
-    semtimedop.may_be_refused("system v ipc");
+    semop;
+    semtimedop;
     sigtimedwait;
     sigwaitinfo;
     sigsuspend;

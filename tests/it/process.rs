@@ -2,6 +2,7 @@
 //! What belongs to a process: the tree, its names and argument areas, its attributes, limits.
 
 ckpt_tests::guest_tests! {
+    sysv_semaphore => Guest::new("sysv_semaphore"), needs [kinds::SYSV_SEMAPHORE];
     vfork_wait => Guest::new("vfork_wait").in_motion();
     process_tree => Guest::new("process_tree"), needs [kinds::PROCESS];
     zombie => Guest::new("zombie"), needs [kinds::PROCESS];

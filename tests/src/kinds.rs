@@ -42,6 +42,8 @@ kinds! {
     RSEQ = "rseq";
     /// The job's private /dev/shm.
     SHM_FILE = "shm_file";
+    /// System V semaphore sets.
+    SYSV_SEMAPHORE = "sysv_semaphore";
     /// Descriptor tables.
     FD_TABLE = "fd_table";
     /// Regular files.

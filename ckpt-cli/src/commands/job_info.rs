@@ -29,5 +29,6 @@ pub fn of(job: &LiveJob) -> JobInfo {
         hostname: Some(s.hostname.as_bytes().to_vec()),
         domainname: Some(s.domainname.as_bytes().to_vec()),
         sysv_objects: s.sysv_objects,
+        semaphore_sets: s.semaphore_sets,
     }
 }

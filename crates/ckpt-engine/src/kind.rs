@@ -56,6 +56,8 @@ kinds! {
     Rseq = 14, "rseq";
     /// Content of the job's /dev/shm.
     ShmFile = 15, "shm_file";
+    /// System V semaphore sets.
+    SysvSemaphore = 16, "sysv_semaphore";
     /// Descriptor tables.
     FdTable = 32, "fd_table";
     /// Regular files.

@@ -30,7 +30,7 @@ use ckpt_engine::resource::signal::Action;
 use ckpt_engine::resource::timer::PosixTimer;
 use ckpt_engine::resource::{
     attribute, credential, fs_context, job, limit, memory_map, pending_signal, process, rseq, scheduler,
-    shared_object, shm_file, signal, thread, timer,
+    shared_object, shm_file, signal, sysv_semaphore, thread, timer,
 };
 use ckpt_image::codec::{self, Decode, Encode};
 use std::collections::BTreeMap;
@@ -335,6 +335,12 @@ fn of_descriptors() -> Vec<Sample> {
                 object: Some(1),
                 ends: Some(2),
             },
+        ),
+        sample(
+            Kind::SysvSemaphore,
+            sysv_semaphore::VERSION,
+            "sysv_semaphore",
+            &sysv_semaphore::SysvSemaphoreRecord { key: 1, uid: 2, gid: 3, mode: 4, values: vec![5, 6] },
         ),
         sample(
             Kind::Directory,

@@ -67,8 +67,10 @@ pub struct JobStatus {
     pub hostname: String,
     /// NIS domain name inside.
     pub domainname: String,
-    /// System V IPC objects in its namespace.
+    /// System V shared memory segments and message queues in its namespace.
     pub sysv_objects: u64,
+    /// System V semaphore sets there.
+    pub semaphore_sets: u64,
 }
 
 /// A job that lives.

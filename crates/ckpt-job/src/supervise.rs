@@ -599,7 +599,8 @@ impl Supervisor {
             attached: self.attached().is_some(),
             hostname: kernel("hostname"),
             domainname: kernel("domainname"),
-            sysv_objects: table("shm") + table("sem") + table("msg"),
+            sysv_objects: table("shm") + table("msg"),
+            semaphore_sets: table("sem"),
         }
     }
 

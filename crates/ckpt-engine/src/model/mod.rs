@@ -36,8 +36,10 @@ pub struct JobInfo {
     pub hostname: Option<Vec<u8>>,
     /// NIS domain name there.
     pub domainname: Option<Vec<u8>>,
-    /// System V IPC objects in its namespace.
+    /// System V shared memory segments and message queues in its namespace.
     pub sysv_objects: u64,
+    /// System V semaphore sets there.
+    pub semaphore_sets: u64,
 }
 
 /// A descriptor the job was started with.

@@ -62,7 +62,10 @@ impl Resource for JobResource {
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
         if job.info.sysv_objects > 0 {
-            let what = format!("{} System V IPC objects in the job's namespace", job.info.sysv_objects);
+            let what = format!(
+                "{} System V shared memory segments or message queues in the job's namespace",
+                job.info.sysv_objects
+            );
             refusals.process(0, what, "not supported; remove them (ipcrm) or wait until they are gone");
         }
         let queues = std::fs::read_dir(format!("/proc/{}/root/dev/mqueue", job.info.init));

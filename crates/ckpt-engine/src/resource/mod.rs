@@ -20,6 +20,7 @@ pub mod scheduler;
 pub mod shared_object;
 pub mod shm_file;
 pub mod signal;
+pub mod sysv_semaphore;
 pub mod thread;
 pub mod timer;
 
@@ -229,6 +230,7 @@ pub static REGISTRY: &[&dyn Resource] = &[
     &job::JobResource,
     &process::ProcessResource,
     &shm_file::ShmFileResource,
+    &sysv_semaphore::SysvSemaphoreResource,
     &shared_object::SharedObjectResource,
     &memory_map::MemoryMapResource,
     &thread::ThreadResource,
