@@ -38,6 +38,7 @@ pub fn write(
         let mut cx = Content {
             snapshot: &mut *snapshot,
             sources: &collected.sources,
+            deferred: &collected.deferred,
             writer: &mut writer,
             progress: &mut advance,
         };

@@ -68,9 +68,26 @@ pub struct Collected {
     pub records: Vec<NewRecord>,
     /// Where page contents come from.
     pub sources: Vec<Source>,
+    /// Records to be encoded and written by *content*, when the job runs again.
+    pub deferred: Vec<Deferred>,
     /// Shared objects by device and inode.
     pub objects: std::collections::BTreeMap<(u64, u64), u64>,
     next_object: u64,
+}
+
+/// A record that is encoded after the job has been resumed.
+pub struct Deferred {
+    kind: Kind,
+    version: u16,
+    owner: u64,
+    id: u64,
+    encode: Box<dyn Fn() -> Result<Vec<u8>, codec::CodecError>>,
+}
+
+impl std::fmt::Debug for Deferred {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "record of {} {}", self.kind.name(), self.owner)
+    }
 }
 
 /// A record to be written.
@@ -114,6 +131,12 @@ impl Collect<'_> {
         Ok(())
     }
 
+    /// Adds a record whose encoding may take long; [`Content::write_deferred`] writes it.
+    pub fn defer<T: Encode + 'static>(&mut self, kind: Kind, version: u16, owner: u64, id: u64, body: T) {
+        let encode = Box::new(move || codec::encode(&body));
+        self.out.deferred.push(Deferred { kind, version, owner, id, encode });
+    }
+
     /// The injection.
     ///
     /// # Panics
@@ -129,6 +152,8 @@ pub struct Content<'a> {
     pub snapshot: &'a mut dyn Snapshot,
     /// All sources that were snapshotted.
     pub sources: &'a [Source],
+    /// Records that were left for now.
+    pub deferred: &'a [Deferred],
     /// The image.
     pub writer: &'a mut Writer,
     /// Bytes done so far, and what to do when they grow.
@@ -136,6 +161,17 @@ pub struct Content<'a> {
 }
 
 impl Content<'_> {
+    /// Encodes and writes the records of one kind that *collect* left for now.
+    ///
+    /// # Errors
+    /// If a body is larger than a record may be, or from the writer.
+    pub fn write_deferred(&mut self, kind: Kind) -> Result<(), DumpError> {
+        for d in self.deferred.iter().filter(|d| d.kind == kind) {
+            self.writer.record(kind as u16, d.version, d.owner, d.id, &(d.encode)()?)?;
+        }
+        Ok(())
+    }
+
     /// Writes the pages of all sources of one kind.
     ///
     /// # Errors

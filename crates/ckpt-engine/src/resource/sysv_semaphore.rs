@@ -2,7 +2,8 @@
 //! System V semaphore sets of the job's IPC namespace (sysvipc(7)): identifier, key, permissions, values. They belong to
 //! no process; one process is asked for all of them.
 //!
-//! What a process would undo when it ends (SEM_UNDO) is shown nowhere: a job in which somebody has used it is refused.
+//! What a process would undo when it ends (SEM_UNDO) is shown nowhere: a job that has semaphores is refused if a process
+//! may have used that.
 
 use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
@@ -55,11 +56,20 @@ impl Resource for SysvSemaphoreResource {
     }
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
+        if job.info.semaphore_sets == 0 {
+            return;
+        }
         let init = Pid::from_raw(job.info.init);
         for p in job.live() {
-            // init has no undo list, and so has nobody who compares equal to it.
+            // init has no undo list, and so has nobody who compares equal to it. Threads have one from the beginning, to
+            // share it: what is in it can't be seen.
             if kcmp(init, p.host, Shared::SemaphoreUndo).is_ok_and(std::cmp::Ordering::is_ne) {
-                refusals.process(p.pid, "it has used System V semaphores with SEM_UNDO", "not supported");
+                let what = "it may have used the job's System V semaphores with SEM_UNDO (it has, or it has threads)";
+                refusals.process(
+                    p.pid,
+                    what,
+                    "not supported; remove the semaphores (ipcrm) if nobody needs them",
+                );
             }
         }
     }

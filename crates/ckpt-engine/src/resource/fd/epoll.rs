@@ -9,7 +9,7 @@ use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::OpenFile;
-use crate::resource::{At, Collect, Content, Resource, decode, nothing_to_do};
+use crate::resource::{At, Collect, Content, Resource, decode};
 use crate::restore::build_tree::{Build, keep_descriptor};
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -101,9 +101,46 @@ fn step_aside(mut b: Batch<'_>, w: &Watch) -> Result<Option<(u64, u64)>, Restore
     Ok(u64::try_from(r[dup.index()]).ok().map(|fd| (fd, cloexec)))
 }
 
-impl Resource for EpollResource {
-    nothing_to_do! { arm }
+/// Whether an entry waits for anything: one with EPOLLONESHOT that has reported waits for nothing until it is set again.
+fn is_armed(w: &Watch) -> bool {
+    const PRIVATE: u32 =
+        (libc::EPOLLONESHOT | libc::EPOLLET | libc::EPOLLWAKEUP | libc::EPOLLEXCLUSIVE) as u32;
+    w.events & !PRIVATE != 0
+}
 
+/// Adds an entry to its instance, under the number it had.
+fn add(cx: &mut Build<'_>, w: &Watch) -> Result<(), RestoreError> {
+    // struct epoll_event is packed: events, then data.
+    let event = [w.events.to_le_bytes().as_slice(), &w.data.to_le_bytes()].concat();
+    let (instance, number, via) = (w.instance as u64, w.number as u64, w.via as u64);
+    let mut aside = None;
+    if number != via {
+        // What has the number now, if anything, steps aside for a moment.
+        let b = cx.area.batch();
+        aside = step_aside(b, w)?;
+        cx.call(w.pid, "dup2", libc::SYS_dup2, &[via, number])?;
+    }
+    cx.run(w.pid, |b| {
+        let at = b.bytes(&event);
+        let add = libc::EPOLL_CTL_ADD as u64;
+        let what = format!("epoll_ctl of instance {instance} for number {number}");
+        b.call(what, libc::SYS_epoll_ctl, &[instance, add, number, at]);
+    })?;
+    if number != via {
+        cx.run(w.pid, |b| match aside {
+            Some((fd, cloexec)) => {
+                b.call("dup3", libc::SYS_dup3, &[fd, number, cloexec]);
+                b.call("close", libc::SYS_close, &[fd]);
+            }
+            None => {
+                b.call("close", libc::SYS_close, &[number]);
+            }
+        })?;
+    }
+    Ok(())
+}
+
+impl Resource for EpollResource {
     fn kind(&self) -> Kind {
         Kind::Epoll
     }
@@ -136,12 +173,13 @@ impl Resource for EpollResource {
         let At::File(f) = at else { return Ok(()) };
         let watches = resolve(cx.job, f).into_iter().filter_map(Result::ok).collect();
         let record = EpollRecord { opened: Opened::of(cx.job, f)?, watches };
-        cx.put(Kind::Epoll, VERSION, f.id, 0, &record)
+        // An instance may watch a hundred thousand descriptors: nobody waits for that to be encoded.
+        cx.defer(Kind::Epoll, VERSION, f.id, 0, record);
+        Ok(())
     }
 
     fn content(&self, cx: &mut Content<'_>) -> Result<(), DumpError> {
-        // An epoll instance has no pages; the step is here as for every kind that has.
-        cx.write_pages(Kind::Epoll)
+        cx.write_deferred(Kind::Epoll)
     }
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {
@@ -164,36 +202,7 @@ impl Resource for EpollResource {
 
     fn connect(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
         let e: EpollRecord = decode(record, VERSION)?;
-        for w in &e.watches {
-            // struct epoll_event is packed: events, then data.
-            let event = [w.events.to_le_bytes().as_slice(), &w.data.to_le_bytes()].concat();
-            let (instance, number, via) = (w.instance as u64, w.number as u64, w.via as u64);
-            let mut aside = None;
-            if number != via {
-                // What has the number now, if anything, steps aside for a moment.
-                let b = cx.area.batch();
-                aside = step_aside(b, w)?;
-                cx.call(w.pid, "dup2", libc::SYS_dup2, &[via, number])?;
-            }
-            cx.run(w.pid, |b| {
-                let at = b.bytes(&event);
-                let add = libc::EPOLL_CTL_ADD as u64;
-                let what = format!("epoll_ctl of instance {instance} for number {number}");
-                b.call(what, libc::SYS_epoll_ctl, &[instance, add, number, at]);
-            })?;
-            if number != via {
-                cx.run(w.pid, |b| match aside {
-                    Some((fd, cloexec)) => {
-                        b.call("dup3", libc::SYS_dup3, &[fd, number, cloexec]);
-                        b.call("close", libc::SYS_close, &[fd]);
-                    }
-                    None => {
-                        b.call("close", libc::SYS_close, &[number]);
-                    }
-                })?;
-            }
-        }
-        Ok(())
+        e.watches.iter().filter(|w| !is_armed(w)).try_for_each(|w| add(cx, w))
     }
 
     fn finish(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
@@ -201,5 +210,11 @@ impl Resource for EpollResource {
         let Some(&(_, fd)) = cx.files.get(&record.owner) else { return Ok(()) };
         e.opened.set_flags(cx, fd)?;
         e.opened.finish(cx, fd, false)
+    }
+
+    fn arm(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
+        // An edge-triggered entry reports what is ready when it is added: that must not happen before all is in place.
+        let e: EpollRecord = decode(record, VERSION)?;
+        e.watches.iter().filter(|w| is_armed(w)).try_for_each(|w| add(cx, w))
     }
 }
