@@ -204,18 +204,21 @@ fn see(host: Pid, number: i32, path: &Path) -> Option<Seen> {
     Some(Seen { target, stat, flags: flags & !libc::O_CLOEXEC, cloexec, position, info, link })
 }
 
+/// FNV-1a (64 bit): the same in every release, and no defence against malice.
+pub fn fnv1a(bytes: impl IntoIterator<Item = u8>) -> u64 {
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, step)
+}
+
 /// FNV-1a of the first and the last 4096 bytes of what a file of `size` bytes held; `None` if it can't be read.
 pub fn file_ends(path: &Path, size: u64) -> Option<u64> {
     use std::os::unix::fs::FileExt;
     const BLOCK: u64 = 4096;
     let file = std::fs::File::open(path).ok()?;
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for start in [0, size.saturating_sub(BLOCK)] {
+    let block = |start: u64| {
         let mut block = vec![0; (size - start).min(BLOCK) as usize];
         file.read_exact_at(&mut block, start).ok()?;
-        for b in block {
-            hash = (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
-    Some(hash)
+        Some(block)
+    };
+    Some(fnv1a(block(0)?.into_iter().chain(block(size.saturating_sub(BLOCK))?)))
 }

@@ -19,7 +19,6 @@ use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::area::AREA_BYTES;
 use ckpt_sys::memory::PAGE;
 use ckpt_sys::{Errno, Pid, libc};
-use std::hash::Hasher;
 
 /// Version of [`MemoryMapRecord`].
 pub const VERSION: u16 = 1;
@@ -140,21 +139,8 @@ impl MemoryMapRecord {
 pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
     let mut bytes = vec![0u8; (range.end - range.start) as usize];
     ckpt_sys::memory::read(pid, range.start, &mut bytes)?;
-    // DefaultHasher is not stable across releases; FNV-1a is, and this is no defence against malice.
-    struct Fnv(u64);
-    impl Hasher for Fnv {
-        fn finish(&self) -> u64 {
-            self.0
-        }
-        fn write(&mut self, bytes: &[u8]) {
-            for b in bytes {
-                self.0 = (self.0 ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3);
-            }
-        }
-    }
-    let mut h = Fnv(0xcbf2_9ce4_8422_2325);
-    h.write(&bytes);
-    Ok(h.finish() | 1)
+    // 0 stands for none.
+    Ok(crate::model::file::fnv1a(bytes) | 1)
 }
 
 /// Flags that need nothing, or are restored by other means than madvise.

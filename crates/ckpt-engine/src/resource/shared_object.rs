@@ -11,7 +11,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::OpenFile;
 use crate::model::memory::Vma;
-use crate::restore::build_tree::{Build, keep_descriptor, open_call};
+use crate::restore::build_tree::{Build, open_call};
 use crate::snapshot::{From, Range, Source};
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
@@ -254,7 +254,7 @@ impl Resource for SharedObjectResource {
         let o: SharedObjectRecord = decode(record, VERSION)?;
         let pid = o.pid;
         let bytes = o.bytes;
-        let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
+        let base = cx.free_number(pid);
         let memfd =
             |name: &[u8], sealing: bool| (name.to_vec(), if sealing { libc::MFD_ALLOW_SEALING } else { 0 });
         let fd = match &o.origin {
@@ -265,14 +265,13 @@ impl Resource for SharedObjectResource {
                     }
                     _ => memfd(ANONYMOUS_NAME.trim_start_matches("/memfd:").as_bytes(), false),
                 };
-                let (r, keep) = cx.run(pid, |b| {
+                cx.open_in(pid, |b| {
                     let name = b.string(&name);
                     let fd = b.call("memfd_create", libc::SYS_memfd_create, &[name, u64::from(flags)]);
                     let size = b.call("ftruncate", libc::SYS_ftruncate, &[0, bytes]);
                     b.feed(fd, size, 0);
-                    keep_descriptor(b, fd, base)
-                })?;
-                r[keep.index()] as i32
+                    fd
+                })?
             }
             Origin::Deleted { path, mode } => {
                 let (path, mode) = (free_name(path), u64::from(*mode));

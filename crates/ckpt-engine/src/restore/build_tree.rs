@@ -40,7 +40,7 @@ pub struct Build<'a> {
     /// Ends of socket pairs being rebuilt, by inode number: where they are kept.
     pub sockets: BTreeMap<u64, (i32, i32)>,
     /// First descriptor number of each process that its table doesn't use.
-    pub free_numbers: BTreeMap<i32, i32>,
+    free_numbers: BTreeMap<i32, i32>,
     /// What the person who restores should know.
     pub warnings: Vec<String>,
     ghosts: BTreeSet<i32>,
@@ -110,6 +110,11 @@ impl<'a> Build<'a> {
         Ok(r[0])
     }
 
+    /// First descriptor number of a process that its table doesn't use.
+    pub fn free_number(&self, pid: i32) -> u64 {
+        self.free_numbers.get(&pid).copied().unwrap_or(3) as u64
+    }
+
     /// Makes an open file description in a process: `open` adds the calls and says which one returns the descriptor.
     /// It is kept under a number that no table of that process uses.
     ///
@@ -120,7 +125,7 @@ impl<'a> Build<'a> {
         pid: i32,
         open: impl FnOnce(&mut Batch<'_>) -> CallId,
     ) -> Result<i32, RestoreError> {
-        let base = self.free_numbers.get(&pid).copied().unwrap_or(0) as u64;
+        let base = self.free_number(pid);
         let (results, keep) = self.run(pid, |b| {
             let fd = open(b);
             keep_descriptor(b, fd, base)

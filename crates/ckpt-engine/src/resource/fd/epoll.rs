@@ -10,7 +10,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::OpenFile;
 use crate::resource::{At, Collect, Content, Resource, decode};
-use crate::restore::build_tree::{Build, keep_descriptor};
+use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::area::Batch;
@@ -191,12 +191,10 @@ impl Resource for EpollResource {
     fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
         let e: EpollRecord = decode(record, VERSION)?;
         let pid = e.opened.pid;
-        let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
-        let (r, keep) = cx.run(pid, |b| {
-            let fd = b.call("epoll_create1", libc::SYS_epoll_create1, &[libc::EPOLL_CLOEXEC as u64]);
-            keep_descriptor(b, fd, base)
+        let fd = cx.open_in(pid, |b| {
+            b.call("epoll_create1", libc::SYS_epoll_create1, &[libc::EPOLL_CLOEXEC as u64])
         })?;
-        cx.add_file(record.owner, pid, r[keep.index()] as i32);
+        cx.add_file(record.owner, pid, fd);
         Ok(())
     }
 

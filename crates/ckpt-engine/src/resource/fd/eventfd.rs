@@ -7,7 +7,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::OpenFile;
 use crate::resource::{At, Collect, Resource, decode, nothing_to_do};
-use crate::restore::build_tree::{Build, keep_descriptor};
+use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::libc;
@@ -72,18 +72,16 @@ impl Resource for EventfdResource {
     fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
         let e: EventfdRecord = decode(record, VERSION)?;
         let pid = e.opened.pid;
-        let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
         let flags = libc::EFD_CLOEXEC | if e.semaphore { libc::EFD_SEMAPHORE } else { 0 };
-        let (r, keep) = cx.run(pid, |b| {
+        let fd = cx.open_in(pid, |b| {
             let fd = b.call("eventfd2", libc::SYS_eventfd2, &[0, flags as u64]);
             if e.count > 0 {
                 let count = b.words(&[e.count]);
                 let write = b.call("write", libc::SYS_write, &[0, count, 8]);
                 b.feed(fd, write, 0);
             }
-            keep_descriptor(b, fd, base)
+            fd
         })?;
-        let fd = r[keep.index()] as i32;
         e.opened.set_flags(cx, fd)?;
         cx.add_file(record.owner, pid, fd);
         Ok(())

@@ -8,7 +8,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::OpenFile;
 use crate::resource::{At, Collect, Resource, decode, nothing_to_do};
-use crate::restore::build_tree::{Build, keep_descriptor, open_call};
+use crate::restore::build_tree::{Build, open_call};
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::libc;
@@ -106,18 +106,14 @@ impl Resource for ExternalResource {
         let output = e.opened.flags & libc::O_ACCMODE != libc::O_RDONLY;
         let given = given.or(cx.request.log.filter(|_| output));
         let fd = match given {
-            Some(fd) => {
-                let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
-                let (r, keep) = cx.run(pid, |b| {
-                    let init = b.call("pidfd_open", libc::SYS_pidfd_open, &[1, 0]);
-                    let got = b.call("pidfd_getfd", libc::SYS_pidfd_getfd, &[0, fd as u64, 0]);
-                    b.feed(init, got, 0);
-                    let close = b.call("close", libc::SYS_close, &[0]);
-                    b.feed(init, close, 0);
-                    keep_descriptor(b, got, base)
-                })?;
-                r[keep.index()] as i32
-            }
+            Some(fd) => cx.open_in(pid, |b| {
+                let init = b.call("pidfd_open", libc::SYS_pidfd_open, &[1, 0]);
+                let got = b.call("pidfd_getfd", libc::SYS_pidfd_getfd, &[0, fd as u64, 0]);
+                b.feed(init, got, 0);
+                let close = b.call("close", libc::SYS_close, &[0]);
+                b.feed(init, close, 0);
+                got
+            })?,
             None => cx.open_in(pid, |b| open_call(b, b"/dev/null", e.opened.flags & libc::O_ACCMODE))?,
         };
         cx.add_file(record.owner, pid, fd);

@@ -76,12 +76,7 @@ pub fn first_of(job: &Job, f: &OpenFile) -> u64 {
 /// If it doesn't take all of it.
 pub fn fill(cx: &mut Build<'_>, pid: i32, fd: i32, content: &PipeContent) -> Result<(), RestoreError> {
     let path = format!("/proc/self/fd/{fd}");
-    let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
-    let (results, keep) = cx.run(pid, |b| {
-        let w = open_call(b, path.as_bytes(), libc::O_RDWR | libc::O_NONBLOCK);
-        keep_descriptor(b, w, base)
-    })?;
-    let w = results[keep.index()];
+    let w = cx.open_in(pid, |b| open_call(b, path.as_bytes(), libc::O_RDWR | libc::O_NONBLOCK))? as u64;
     let mode = libc::O_NONBLOCK | if content.packets { libc::O_DIRECT } else { 0 };
     cx.run(pid, |b| {
         let capacity = content.capacity as u64;
@@ -147,7 +142,7 @@ impl Resource for PipeResource {
         let from = match known {
             Some(from) => from,
             None => {
-                let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
+                let base = cx.free_number(pid);
                 let (_, ends) = cx.run(pid, |b| {
                     let ends = b.bytes(&[0xff; 8]);
                     b.call("pipe2", libc::SYS_pipe2, &[ends, libc::O_CLOEXEC as u64]);

@@ -7,7 +7,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::OpenFile;
 use crate::resource::{At, Collect, Resource, decode, nothing_to_do};
-use crate::restore::build_tree::{Build, keep_descriptor};
+use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::libc;
@@ -58,14 +58,11 @@ impl Resource for SignalfdResource {
     fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
         let s: SignalfdRecord = decode(record, VERSION)?;
         let pid = s.opened.pid;
-        let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
-        let (r, keep) = cx.run(pid, |b| {
+        let fd = cx.open_in(pid, |b| {
             let mask = b.words(&[s.mask]);
             let none = -1i64 as u64;
-            let fd = b.call("signalfd4", libc::SYS_signalfd4, &[none, mask, 8, libc::SFD_CLOEXEC as u64]);
-            keep_descriptor(b, fd, base)
+            b.call("signalfd4", libc::SYS_signalfd4, &[none, mask, 8, libc::SFD_CLOEXEC as u64])
         })?;
-        let fd = r[keep.index()] as i32;
         s.opened.set_flags(cx, fd)?;
         cx.add_file(record.owner, pid, fd);
         Ok(())

@@ -7,7 +7,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::{OpenFile, info_value};
 use crate::resource::{At, Collect, Resource, decode, nothing_to_do};
-use crate::restore::build_tree::{Build, keep_descriptor};
+use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::{Errno, libc};
@@ -79,13 +79,10 @@ impl Resource for TimerfdResource {
     fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
         let t: TimerfdRecord = decode(record, VERSION)?;
         let pid = t.opened.pid;
-        let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
-        let (r, keep) = cx.run(pid, |b| {
+        let fd = cx.open_in(pid, |b| {
             let args = [t.clock as u64, libc::TFD_CLOEXEC as u64];
-            let fd = b.call("timerfd_create", libc::SYS_timerfd_create, &args);
-            keep_descriptor(b, fd, base)
+            b.call("timerfd_create", libc::SYS_timerfd_create, &args)
         })?;
-        let fd = r[keep.index()] as i32;
         t.opened.set_flags(cx, fd)?;
         cx.add_file(record.owner, pid, fd);
         Ok(())

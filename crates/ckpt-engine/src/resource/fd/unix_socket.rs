@@ -166,7 +166,7 @@ impl Resource for UnixSocketResource {
             None => {
                 let alive = cx.processes.get(&s.creator).is_some_and(|p| p.zombie.is_none());
                 let pid = if alive { s.creator } else { s.opened.pid };
-                let base = cx.free_numbers.get(&pid).copied().unwrap_or(3) as u64;
+                let base = cx.free_number(pid);
                 let (_, at) = cx.run(pid, |b| {
                     let ends = b.bytes(&[0xff; 8]);
                     let kind = (s.kind | libc::SOCK_CLOEXEC) as u64;
