@@ -55,11 +55,11 @@ def arguments():
     return parser.parse_args()
 
 
-def repeat_once(case, host, result):
+def repeat_once(case, host, result, seconds):
     """One repetition. What fails is noted, and ends nothing but this repetition."""
     begun = time.monotonic()
     try:
-        with time_limit(host, 60 if host.quick else 300):
+        with time_limit(host, seconds):
             result.samples.merge(case.run(host))
         result.repetitions += 1
     except Unavailable as error:
@@ -69,26 +69,32 @@ def repeat_once(case, host, result):
         result.failures += 1
         result.status, result.reason = "failed", f"{type(error).__name__}: {error}"
     finally:
-        host.sweep()
+        try:
+            host.sweep()
+        except OSError as error:
+            print(f"cannot clean up: {error}", file=sys.stderr)
     taken = time.monotonic() - begun
     result.seconds += taken
     return taken
 
 
-def rounds(cases, host, run, options, deadline):
+def rounds(cases, host, run, most, deadline):
     """Round after round over all cases, so that what the machine does meanwhile falls on all alike, while there is time."""
-    most = {case.name: options.repetitions or (1 if host.quick else case.most if options.publish or options.budget else min(case.most, 3)) for case in cases}
     longest = {case.name: 0.0 for case in cases}
     for number in range(max(most.values())):
-        for case in cases:
+        for i, case in enumerate(cases):
             result = run.results[case.name]
             if number >= most[case.name] or result.status == "not available" or result.failures >= 2:
                 continue
             left = deadline - time.monotonic()
-            if number and longest[case.name] > left:
+            if not number and left <= 0:
+                result.status, result.reason = "not available", "no time was left; give more by --budget"
+            if longest[case.name] > left or left <= 0:
                 continue
+            # In the first round every case is to get its turn; later ones have what is left.
+            host.share(left / (len(cases) - i) * 0.8 if not number else left)
             print(f"[{int(time.monotonic() - START):4d} s] {case.name}, repetition {number + 1}", file=sys.stderr, flush=True)
-            longest[case.name] = max(longest[case.name], repeat_once(case, host, result))
+            longest[case.name] = max(longest[case.name], repeat_once(case, host, result, min(300, max(60, left))))
 
 
 START = time.monotonic() - float(os.environ.get("CKPT_BENCH_SECONDS_BEFORE", "0"))
@@ -107,15 +113,16 @@ def main():
     if unknown:
         print(f"there is no case {', '.join(unknown)}; see scripts/bench --list", file=sys.stderr)
         return 2
-    cases = [case for case in CASES if not options.case or case.name in options.case]
+    cases = [case for case in CASES if (case.name in options.case if options.case else case.smoke or not options.quick)]
     host = Host(options.directory, options.ckpt, options.guests, options.quick)
     run = Run(options.quick)
     run.machine = machine(host)
     run.results = {case.name: Result(case, run.machine["store"]) for case in cases}
     budget = options.budget or (15 if options.publish else None)
     deadline = START + budget * 60 if budget else float("inf")
+    most = {case.name: options.repetitions or (1 if options.quick else case.most if budget else min(case.most, 3)) for case in cases}
     try:
-        rounds(cases, host, run, options, deadline)
+        rounds(cases, host, run, most, deadline)
     except KeyboardInterrupt:
         print("interrupted: what there is so far", file=sys.stderr)
     finally:

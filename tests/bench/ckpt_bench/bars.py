@@ -3,7 +3,7 @@
 
 MEMORY_CASES = ("64m-4k", "64m-thp", "1g-4k", "1g-thp", "4g-4k", "4g-thp")
 SIZES = {"64m": "64 MiB", "1g": "1 GiB", "4g": "4 GiB"}
-PAUSE_EVIDENCE = ("pause_ms", "fork_ms", "reported_ms", "gaps_ms", "phase ")
+PAUSE_EVIDENCE = ("pause_ms", "fork_ms", "quiet_gap_ms", "reported_ms", "gaps_ms", "phase ")
 
 
 class Bar:
@@ -68,10 +68,6 @@ class Bars:
         else:
             entry.figure = figure(value)
             entry.reached = value >= bound
-
-
-def _ms(value, bound):
-    return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms", bound
 
 
 def milliseconds(value, bound):

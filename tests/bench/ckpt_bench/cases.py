@@ -4,12 +4,13 @@
 Figures of the same name mean the same in all cases:
 
 pause_ms          longest gap that the guest itself saw during a dump
+quiet_gap_ms      the same for as long after the dump, when nobody dumps: what the machine's noise is
 reported_ms       the pause that ckpt says
 gaps_ms           sum of all gaps longer than a tick during the dump and its write
 fork_ms           fork() of the same memory by the guest itself; with several processes the sum
 dump_s            from the start of `ckpt dump` to its end
 throughput_ratio  the guest's memory per dump_s, as a part of the best plain write of it into the same store
-peak_mib          the dumper's largest resident set
+peak_mib          the dumper's largest resident set, and the job's init's
 first_tick_ms     from the start of `ckpt restore` until the guest ticks
 fill_ms           filling fresh memory of the same size from the image's file, the faster of two ways
 """
@@ -18,6 +19,7 @@ import contextlib
 import csv
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -57,7 +59,12 @@ def note_dump(samples, job, ran, said, memory_bytes, prefix=""):
     samples.add(prefix + "dump_s", ran.wall_ms / 1e3, "s")
     samples.add(prefix + "cpu_user_ms", ran.figures["user_ns"] / 1e6, "ms")
     samples.add(prefix + "cpu_system_ms", ran.figures["system_ns"] / 1e6, "ms")
-    samples.add(prefix + "peak_mib", ran.figures["peak_kib"] / 1024, "MiB")
+    guest.ask(ob.RESET)
+    time.sleep(min(ran.wall_ms / 1e3, 0.2 if job.host.quick else 2))
+    samples.add(prefix + "quiet_gap_ms", guest.ask(ob.SAMPLE)[3] / 1e6, "ms")
+    init_kib = job.init_peak_kib()
+    samples.add(prefix + "init_peak_mib", init_kib / 1024, "MiB")
+    samples.add(prefix + "peak_mib", (ran.figures["peak_kib"] + init_kib) / 1024, "MiB")
     if memory_bytes >= 64 * MIB:
         samples.add(prefix + "throughput", memory_bytes / GIB / (ran.wall_ms / 1e3), "GiB/s")
     for phase, taken in (said.get("phases_ns") or {}).items():
@@ -115,9 +122,8 @@ def fill(host, samples, path, memory_bytes, pages):
     samples.add("fill_ms", best / 1e6, "ms")
 
 
-def resident_after(host, pid, memory_bytes, started_ns, seconds):
+def resident_after(pid, memory_bytes, started_ns, seconds):
     """Milliseconds from the start until the process has all its memory."""
-    del host
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         text = read(f"/proc/{pid}/statm")
@@ -151,7 +157,7 @@ def restores(host, samples, job, said, memory_bytes, pages, big):
     if big:
         started = ran.figures["started_ns"]
         try:
-            samples.add("lazy_resident_ms", resident_after(host, answer["main_pid"], memory_bytes, started, 60), "ms")
+            samples.add("lazy_resident_ms", resident_after(answer["main_pid"], memory_bytes, started, 60), "ms")
         except Unavailable as error:
             samples.unavailable("lazy_resident_ms", str(error))
     expect_right(job.observer)
@@ -164,7 +170,7 @@ def restores(host, samples, job, said, memory_bytes, pages, big):
         job.kill()
 
 
-def criu(host, samples, command, big):
+def criu(host, samples, command):
     """Dump and restore by CRIU, if there is one that works here."""
     program = shutil.which("criu")
     if not program:
@@ -173,11 +179,11 @@ def criu(host, samples, command, big):
         raise Unavailable("criu needs root")
     check = subprocess.run([program, "check"], capture_output=True, text=True, check=False)
     if check.returncode != 0:
-        raise Unavailable(f"criu check fails on this kernel: {(check.stderr or check.stdout).strip().splitlines()[-1:]}")
+        said = (check.stderr or check.stdout).strip().splitlines() or ["no reason given"]
+        raise Unavailable(f"criu check fails on this kernel: {said[-1]}")
     images = host.store / host.fresh("criu")
     images.mkdir()
     with Process(host, command) as guest:
-        # A descriptor of the bench's own file is no part of what CRIU may refuse.
         guest.observer.ask(ob.RESET)
         ran = host.run([program, "dump", "-t", guest.pid, "-D", images, "--leave-running", "--shell-job", "-o", "dump.log"], check=False)
         if ran.figures["status"] != 0:
@@ -190,14 +196,13 @@ def criu(host, samples, command, big):
         if ran.figures["status"] != 0 or not ran.figures["first_tick_ns"]:
             raise Unavailable(f"criu restore failed: {' '.join(read(images / 'restore.log').splitlines()[-2:])[-300:]}")
         samples.add("criu_first_tick_ms", ran.figures["first_tick_ns"] / 1e6, "ms")
-        del big
     shutil.rmtree(images, ignore_errors=True)
 
 
-def try_criu(host, samples, command, big):
+def try_criu(host, samples, command):
     """The same; a reason instead of figures where it cannot."""
     try:
-        criu(host, samples, command, big)
+        criu(host, samples, command)
     except Unavailable as error:
         samples.unavailable("criu_pause_ms", str(error))
 
@@ -211,7 +216,7 @@ def memory(host, megabytes, pages, dumps=2):
     with Job(host, command, f"m{megabytes}{pages}") as job:
         guest = job.observer
         said = None
-        for _ in range(1 if host.quick else dumps):
+        for _ in host.times(dumps):
             if said:
                 host.quietly([host.ckpt, "rm", said["checkpoint"]])
             if big:
@@ -226,14 +231,13 @@ def memory(host, megabytes, pages, dumps=2):
                 samples.add("image_mib", said["bytes"] / MIB, "MiB")
         restores(host, samples, job, said, memory_bytes, pages, big)
     if megabytes <= 1024:
-        try_criu(host, samples, command, big)
+        try_criu(host, samples, command)
     return samples
 
 
 def idle(host):
     """A program without memory to speak of."""
-    samples = memory(host, 0, "4k", dumps=5)
-    return samples
+    return memory(host, 0, "4k", dumps=5)
 
 
 def processes(host):
@@ -242,7 +246,7 @@ def processes(host):
     count, each = (4, 16 * MIB) if host.quick else (16, 64 * MIB)
     with Job(host, ticker(host, each, processes=count), "processes") as job:
         said = None
-        for _ in range(1 if host.quick else 3):
+        for _ in host.times(3):
             if said:
                 host.quietly([host.ckpt, "rm", said["checkpoint"]])
             fork_times(job.observer, samples)
@@ -257,10 +261,10 @@ def threads(host):
     command = ticker(host, 0, threads=20 if host.quick else 100)
     with Job(host, command, "threads") as job:
         said = None
-        for _ in range(1 if host.quick else 5):
+        for _ in host.times(5):
             _, said = one_dump(samples, job, 0)
         restores(host, samples, job, said, 0, "4k", False)
-    try_criu(host, samples, command, False)
+    try_criu(host, samples, command)
     return samples
 
 
@@ -270,11 +274,11 @@ def vmas(host):
     command = ticker(host, 0, vmas=500 if host.quick else 5000)
     with Job(host, command, "vmas") as job:
         said = None
-        for _ in range(1 if host.quick else 3):
+        for _ in host.times(3):
             fork_times(job.observer, samples)
             _, said = one_dump(samples, job, 0)
         restores(host, samples, job, said, 0, "4k", False)
-    try_criu(host, samples, command, False)
+    try_criu(host, samples, command)
     return samples
 
 
@@ -284,7 +288,7 @@ def python(host):
     memory_bytes = 32 * MIB if host.quick else 512 * MIB
     with Job(host, heap(host, memory_bytes), "python") as job:
         said = None
-        for _ in range(1 if host.quick else 3):
+        for _ in host.times(3):
             if said:
                 host.quietly([host.ckpt, "rm", said["checkpoint"]])
             fork_times(job.observer, samples)
@@ -379,7 +383,7 @@ def _incremental(host, mode):
         guest.ask(ob.RESET)
         job.dump("--incremental")
         frozen = time.monotonic()
-        for _ in range(2 if host.quick else 6):
+        for _ in range(2) if host.quick else host.times(6):
             time.sleep(max(0.0, 1.0 - (time.monotonic() - frozen)))
             dirtied = guest.work()
             begun = time.monotonic()
@@ -470,10 +474,8 @@ def redis(host):
 
         def bgsave():
             begun = time.monotonic()
-            saved = _redis_cli(port, "LASTSAVE")
             _redis_cli(port, "BGSAVE")
             wait_for(lambda: "rdb_bgsave_in_progress:0" in _redis_cli(port, "INFO", "persistence"), 300, "BGSAVE ends")
-            del saved
             samples.add("bgsave_s", time.monotonic() - begun, "s")
 
         def dump():
@@ -510,8 +512,8 @@ def _refusal(error):
     text = str(error)
     if "ended with 114" not in text:
         raise error
-    first = [line.strip() for line in text.split("ended with 114:", 1)[1].splitlines() if line.strip()]
-    return "this ckpt refuses the dump: " + "; ".join(first[:2])[:200]
+    found = re.search(r"pid \d+.*", text)
+    return "this ckpt refuses the dump: " + (found.group(0) if found else text.split("ended with 114:", 1)[1].strip())[:160]
 
 
 def startup(host):
@@ -529,7 +531,7 @@ def startup(host):
         samples.add("run_true_ms", ckpt / 1e6, "ms")
         samples.add("run_overhead_ms", (ckpt - plain) / 1e6, "ms")
     count = 20 if host.quick else 300
-    for _ in range(1 if host.quick else 4):
+    for _ in host.times(4):
         without, with_ckpt = in_turns(host, ["exec", str(count)])
         samples.add("exec_us", without / count / 1e3, "us")
         samples.add("exec_in_job_us", with_ckpt / count / 1e3, "us")
@@ -573,7 +575,7 @@ def loops(host):
         "files": ["files", directory, str(60_000 // scale)],
         "malloc": ["malloc", str(4_000_000 // scale)],
     }
-    for _ in range(1 if host.quick else 12):
+    for _ in host.times(12):
         for name, arguments in kinds.items():
             without, with_ckpt = in_turns(host, arguments)
             samples.add(f"{name}_ms", without / 1e6, "ms")
@@ -583,10 +585,11 @@ def loops(host):
 
 
 class Case:
-    """One case: its name, what it does, and how many repetitions are sensible."""
+    """One case: its name, what it does, how many repetitions are sensible, and whether it is part of a smoke run."""
 
-    def __init__(self, name, run, most=10):
+    def __init__(self, name, run, most=10, smoke=True):
         self.name = name
+        self.smoke = smoke
         self.run = run
         self.most = most
         self.about = (run.__doc__ or "").strip().splitlines()[0]
@@ -598,7 +601,8 @@ def _memory_case(name, megabytes, pages, most, dumps=2):
 
     size = f"{megabytes // 1024} GiB" if megabytes >= 1024 else f"{megabytes} MiB"
     run.__doc__ = f"One process with {size} in {'pages of 4 KiB' if pages == '4k' else 'transparent huge pages'}."
-    return Case(name, run, most)
+    # A smoke run makes them all of one size, and so needs only one of each kind.
+    return Case(name, run, most, smoke=megabytes == 1024)
 
 
 CASES = [

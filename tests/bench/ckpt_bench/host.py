@@ -61,6 +61,7 @@ class Host:
         self.environment = dict(os.environ, XDG_RUNTIME_DIR=str(registry), CKPT_STORE=str(self.store))
         self._numbers = 0
         self._help = {}
+        self._share_ends = float("inf")
 
     def guest(self, name):
         """The path of a compiled guest or tool."""
@@ -70,6 +71,17 @@ class Host:
         """A name that was not used before."""
         self._numbers += 1
         return f"{what}-{self._numbers}"
+
+    def share(self, seconds):
+        """From now on a case has so much time."""
+        self._share_ends = time.monotonic() + seconds
+
+    def times(self, count):
+        """Counts, as far as the time of the case allows; at least one. Of a smoke run only one."""
+        for i in range(1 if self.quick else count):
+            if i and time.monotonic() > self._share_ends:
+                return
+            yield i
 
     def has_option(self, command, option):
         """Whether `ckpt COMMAND` knows an option."""
@@ -117,7 +129,7 @@ class Host:
             raise Failure(f"{' '.join(map(str, command))} could not be started: {errors}")
         ran = Ran(json.loads(said), output, errors)
         if check and ran.figures["status"] != 0:
-            raise Failure(f"{' '.join(map(str, command))} ended with {ran.figures['status']}: {errors[-600:]}")
+            raise Failure(f"{' '.join(map(str, command))} ended with {ran.figures['status']}: {errors[:1000]}")
         return ran
 
     def quietly(self, command, seconds=30):
@@ -134,7 +146,7 @@ class Host:
         except json.JSONDecodeError:
             jobs = []
         for job in jobs if isinstance(jobs, list) else jobs.get("jobs", []):
-            self.quietly([self.ckpt, "kill", str(job["name"]), "KILL"])
+            self.quietly([self.ckpt, "kill", str(job.get("name")), "KILL"])
 
     def sweep(self):
         """Ends all jobs of this bench, and empties its store and scratch directory."""
@@ -185,6 +197,14 @@ class Job:
             if job.get("name") == self.name:
                 return job
         return None
+
+    def init_peak_kib(self):
+        """The largest resident set of the job's init, which is ckpt, too."""
+        info = self.info()
+        found = info and re.search(r"^VmHWM:\s*(\d+)", read(f"/proc/{info['init_pid']}/status"), re.MULTILINE)
+        if not found:
+            raise Failure(f"the job {self.name} has no init: {self.log()}")
+        return int(found.group(1))
 
     def _alive(self):
         if self.info() is None:

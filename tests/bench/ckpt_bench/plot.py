@@ -83,11 +83,11 @@ def bars(title, unit, groups, names, limits=(), logarithmic=False):
     triples = [(label, [v if v is None or isinstance(v, tuple) else (v, v, v) for v in values]) for label, values in groups]
     flat = [v[2] for _, values in triples for v in values if v] + [limit for limit in limits if limit]
     low = [v[1] for _, values in triples for v in values if v and v[1] > 0]
-    if not flat or max(flat) <= 0:
+    if not low:
         canvas.text(WIDTH / 2, HEIGHT / 2, "no figures", anchor="middle")
         return canvas.svg()
     top = max(flat) * (2.2 if logarithmic else 1.12)
-    bottom = 10 ** math.floor(math.log10(min(low))) if logarithmic and low else 0
+    bottom = 10 ** math.floor(math.log10(min(low))) if logarithmic else 0
     height = HEIGHT - TOP - BOTTOM
 
     def y_of(value):

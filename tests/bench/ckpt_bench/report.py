@@ -66,7 +66,7 @@ def print_table(run):
         print(f"\n{name}: {result.about} {result.repetitions} repetitions, {result.seconds:.0f} s")
         if result.status != "ok":
             print(f"  {result.status}: {result.reason}")
-        for row in _rows(result, everything=True):
+        for row in _rows(result, everything=not run.quick):
             print("  {:28s} {:>10s} {:6s} quartiles {:20s} range {:22s} n={}".format(row[0], row[2], row[1], *row[3:]))
         for metric, reason in result.samples.missing.items():
             print(f"  {metric:28s} not available: {reason}")
@@ -77,6 +77,8 @@ def print_table(run):
         return
     print("\n" + ("smoke run: sizes are small and nothing is repeated; this decides nothing\n" if run.quick else ""))
     for bar in run.bars:
+        if bar.case not in run.results:
+            continue
         print(f"  {verdict(bar):14s} {bar.what}: {bar.bar}: {bar.figure or bar.reason}")
 
 
