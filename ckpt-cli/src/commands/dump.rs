@@ -20,6 +20,8 @@ struct Outcome<'a> {
     path: &'a std::path::Path,
     bytes: u64,
     pause_ns: u64,
+    /// Each phase of the dump; those from "stop" to "resume" make up the pause.
+    phases_ns: std::collections::BTreeMap<&'a str, u64>,
     processes: usize,
     threads: usize,
     memory_bytes: u64,
@@ -90,15 +92,17 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         report.warning(w);
     }
     if args.json {
+        let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
         report.print_json(&Outcome {
             checkpoint: &checkpoint,
             path: &path,
             bytes,
-            pause_ns: u64::try_from(outcome.pause.as_nanos()).unwrap_or(u64::MAX),
+            pause_ns: ns(outcome.pause),
+            phases_ns: outcome.phases.all.iter().map(|(name, took)| (*name, ns(*took))).collect(),
             processes: outcome.processes,
             threads: outcome.threads,
             memory_bytes: outcome.memory_bytes,
-            engine: engine.name(),
+            engine: outcome.account.engine,
             warnings: &outcome.warnings,
         })?;
     } else {

@@ -12,6 +12,7 @@ pub mod inject;
 pub mod local_socket;
 pub mod memory;
 pub mod namespace;
+pub mod pagemap;
 pub mod probe;
 pub mod ptrace;
 pub mod pty;
