@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -11,7 +12,7 @@ from . import report
 from .bars import decide
 from .cases import CASES, time_limit
 from .host import ROOT, Host, machine
-from .samples import Samples, Unavailable
+from .samples import Failure, Samples, Unavailable
 
 
 class Result:
@@ -26,6 +27,7 @@ class Result:
         self.seconds = 0.0
         self.failures = 0
         self.samples = Samples()
+        self.profiles = {}
 
 
 class Run:
@@ -36,6 +38,7 @@ class Run:
         self.machine = {}
         self.results = {}
         self.bars = []
+        self.no_profile = ""
         self.seconds = 0.0
 
 
@@ -49,6 +52,7 @@ def arguments():
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--budget", type=float)
     parser.add_argument("--publish", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--directory", required=True)
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--guests", required=True)
@@ -59,8 +63,11 @@ def repeat_once(case, host, result, seconds):
     """One repetition. What fails is noted, and ends nothing but this repetition."""
     begun = time.monotonic()
     try:
-        with time_limit(host, seconds):
-            result.samples.merge(case.run(host))
+        with time_limit(host, seconds) as exceeded:
+            try:
+                result.samples.merge(case.run(host))
+            except Failure as error:
+                raise Failure(f"it did not end within {seconds:.0f} s") if exceeded.is_set() else error
         result.repetitions += 1
     except Unavailable as error:
         result.status, result.reason = "not available", str(error)
@@ -97,6 +104,24 @@ def rounds(cases, host, run, most, deadline):
             longest[case.name] = max(longest[case.name], repeat_once(case, host, result, min(300, max(60, left))))
 
 
+def profile(cases, host, run, deadline):
+    """One more repetition, under perf, of each case that misses a bar: what the machine was doing. Its samples do not count."""
+    if not shutil.which("perf"):
+        return "perf is not installed"
+    missed = {bar.case for bar in run.bars if bar.reached is False}
+    for case in cases:
+        result = run.results[case.name]
+        if case.name not in missed or time.monotonic() + 1.3 * result.seconds / max(result.repetitions, 1) > deadline:
+            continue
+        print(f"[{int(time.monotonic() - START):4d} s] {case.name}, profile", file=sys.stderr, flush=True)
+        host.profiles = result.profiles
+        host.share(0)
+        scratch = Result(case, result.store)
+        repeat_once(case, host, scratch, min(300, max(60, deadline - time.monotonic())))
+        host.profiles = None
+    return ""
+
+
 START = time.monotonic() - float(os.environ.get("CKPT_BENCH_SECONDS_BEFORE", "0"))
 
 
@@ -118,11 +143,16 @@ def main():
     run = Run(options.quick)
     run.machine = machine(host)
     run.results = {case.name: Result(case, run.machine["store"]) for case in cases}
+    options.profile = options.profile or options.publish
     budget = options.budget or (15 if options.publish else None)
     deadline = START + budget * 60 if budget else float("inf")
     most = {case.name: options.repetitions or (1 if options.quick else case.most if budget else min(case.most, 3)) for case in cases}
     try:
-        rounds(cases, host, run, most, deadline)
+        # A part of the budget is for what explains the figures.
+        rounds(cases, host, run, most, deadline - 60 * budget * 0.12 if budget and options.profile else deadline)
+        run.bars = decide(run.results)
+        if options.profile:
+            run.no_profile = profile(cases, host, run, deadline)
     except KeyboardInterrupt:
         print("interrupted: what there is so far", file=sys.stderr)
     finally:

@@ -62,6 +62,8 @@ class Host:
         self._numbers = 0
         self._help = {}
         self._share_ends = float("inf")
+        # While it is a dictionary, dumps and restores are run under perf, and what that finds is kept here.
+        self.profiles = None
 
     def guest(self, name):
         """The path of a compiled guest or tool."""
@@ -130,6 +132,23 @@ class Host:
         ran = Ran(json.loads(said), output, errors)
         if check and ran.figures["status"] != 0:
             raise Failure(f"{' '.join(map(str, command))} ended with {ran.figures['status']}: {errors[:1000]}")
+        return ran
+
+    def run_profiled(self, what, command, **options):
+        """Runs a dump or restore, under perf if profiles are wanted: where all processors were, kernel included."""
+        if self.profiles is None:
+            return self.run(command, **options)
+        data = self.directory / "perf.data"
+        # Not preallocated memory: samples of the kernel's clock work in every virtual machine.
+        ran = self.run(["perf", "record", "-q", "-e", "cpu-clock", "-F", "1999", "-a", "-o", data, "--", *command], **options)
+        text = self.quietly(["perf", "report", "-q", "--stdio", "-i", str(data), "-F", "overhead,comm,sym", "-t", ";"], seconds=120)
+        data.unlink(missing_ok=True)
+        rows = []
+        for line in text.splitlines():
+            part, comm, symbol = (line.split(";", 2) + ["", ""])[:3]
+            if part.strip().endswith("%") and comm.strip() not in ("swapper", "perf", "perf-exec"):
+                rows.append((float(part.strip().rstrip("%")), comm.strip(), re.sub(r"\s+", " ", symbol.strip())[:90]))
+        self.profiles.setdefault(what, rows[:12])
         return ran
 
     def quietly(self, command, seconds=30):
@@ -221,7 +240,8 @@ class Job:
 
     def dump(self, *options, seconds=300):
         """Dumps it: what measure says and what ckpt says."""
-        ran = self.host.run([self.host.ckpt, "--quiet", "dump", self.name, "--json", *options], seconds=seconds)
+        command = [self.host.ckpt, "--quiet", "dump", self.name, "--json", *options]
+        ran = self.host.run_profiled("dump", command, seconds=seconds)
         self.dumps += 1
         return ran, ran.json()
 
@@ -233,7 +253,8 @@ class Job:
         if self.observer:
             command += ["--allow-changed", str(self.observer.path)]
             observed = self.observer.path
-        ran = self.host.run(command, ticks=observed, seconds=seconds)
+        what = "lazy restore" if "--lazy" in options else "restore"
+        ran = self.host.run_profiled(what, command, ticks=observed, seconds=seconds)
         if self.observer and not ran.figures["first_tick_ns"]:
             raise Failure(f"the restored job {self.name} does not tick: {ran.errors} {self.log()}")
         return ran, ran.json()

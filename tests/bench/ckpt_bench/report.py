@@ -39,6 +39,7 @@ def as_json(run):
                 "repetitions": result.repetitions,
                 "seconds": round(result.seconds, 1),
                 **result.samples.as_json(),
+                "profiles": result.profiles,
             }
             for name, result in run.results.items()
         },
@@ -75,6 +76,11 @@ def print_table(run):
                 print(f"  {key}: {value}")
     if not run.bars:
         return
+    for name, result in run.results.items():
+        for what, rows in result.profiles.items():
+            print(f"\nprofile of a {what}, {name}: all processors")
+            for part, comm, symbol in rows:
+                print(f"  {part:6.2f} % {comm:16s} {symbol}")
     print("\n" + ("smoke run: sizes are small and nothing is repeated; this decides nothing\n" if run.quick else ""))
     for bar in run.bars:
         if bar.case not in run.results:
@@ -194,6 +200,7 @@ def markdown(run, plot_names):
             for name, unit, median, quartiles, _, _ in _selected(run.results[bar.case], bar.evidence):
                 out.append(f"| {name} | {median} {_unit(unit)} | {quartiles} |")
             out.append("")
+        out += _profiles(run, missed)
     out.append("## Plots\n")
     out.append("Medians; the thin lines are the quartiles, the dashed lines the bars.\n")
     for name in plot_names:
@@ -213,6 +220,21 @@ def markdown(run, plot_names):
         for metric, reason in result.samples.missing.items():
             out.append(f"{metric}: not available: {_cell(reason)}\n")
     return "\n".join(out)
+
+
+def _profiles(run, missed):
+    """Where the processors were during a dump and a restore of the cases that miss a bar."""
+    out = []
+    for case in dict.fromkeys(bar.case for bar in missed):
+        for what, rows in run.results[case].profiles.items():
+            if rows:
+                out.append(f"Profile of a {what}, {case}: all processors, one of which is the guest's:\n")
+                out.append("| | process | where |\n|---:|---|---|")
+                out += [f"| {part:.1f} % | {_cell(comm)} | `{_cell(symbol)}` |" for part, comm, symbol in rows]
+                out.append("")
+    if not out and run.no_profile:
+        out.append(f"No profile: {run.no_profile}.\n")
+    return out
 
 
 def _cell(text):
