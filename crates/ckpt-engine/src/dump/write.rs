@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Write: records and page contents, after the job has been resumed.
 
+use super::pace::Pace;
 use crate::error::DumpError;
 use crate::resource::{Collected, Content, Stored, in_order};
 use crate::snapshot::{Account, Snapshot};
@@ -23,6 +24,7 @@ pub fn write(
     mut writer: Writer,
     collected: Collected,
     snapshot: &mut dyn Snapshot,
+    pace: &Pace,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(Summary, Account), DumpError> {
     for r in &collected.records {
@@ -42,6 +44,7 @@ pub fn write(
             deferred: &collected.deferred,
             stored: &mut stored,
             writer: &mut writer,
+            pace,
             progress: &mut advance,
         };
         r.content(&mut cx)?;
