@@ -92,6 +92,9 @@ impl BufferPool {
 }
 
 impl Buffer {
+    /// Its greatest length in bytes.
+    pub const CAPACITY: usize = BUFFER_BYTES;
+
     /// Shortens (or, up to 1 MiB, lengthens) it to `len` bytes.
     ///
     /// # Panics

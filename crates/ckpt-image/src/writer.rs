@@ -157,7 +157,8 @@ impl Writer {
         // Whoever removes checkpoints holds the names while he looks for children and hides what has none.
         let names_held = crate::store::hold_names(File::from(beside));
         check_parent(&dir, label, parent)?;
-        let writer = Writer::start(dir, label, cpu_features, compression, identity, Some(parent))?;
+        let writer =
+            Writer::start(dir, label, new_header(cpu_features, compression, identity), Some(parent))?;
         let mut sink = writer.pipeline.sink();
         let flushed = sink.records.flush();
         sink.written(RECORDS_FILE, flushed)?;
@@ -179,15 +180,23 @@ impl Writer {
         compression: Compression,
         identity: Identity,
     ) -> Result<Writer, WriteError> {
-        Writer::start(dir, label, cpu_features, compression, identity, None)
+        Writer::start(dir, label, new_header(cpu_features, compression, identity), None)
+    }
+
+    /// Starts a full image with the header of another one, so that it can take its place: id, creation time, machine.
+    pub(crate) fn create_in_place_of(
+        dir: OwnedFd,
+        label: &Path,
+        header: &HeaderInfo,
+        compression: Compression,
+    ) -> Result<Writer, WriteError> {
+        Writer::start(dir, label, HeaderInfo { version: FORMAT_VERSION, compression, ..header.clone() }, None)
     }
 
     fn start(
         dir: OwnedFd,
         label: &Path,
-        cpu_features: [u8; 64],
-        compression: Compression,
-        identity: Identity,
+        info: HeaderInfo,
         parent: Option<Parent>,
     ) -> Result<Writer, WriteError> {
         let create = |name: &str| {
@@ -199,15 +208,7 @@ impl Writer {
         };
         let records = BufWriter::with_capacity(BUFFER_BYTES, create(RECORDS_FILE)?);
         let pages = create(PAGES_FILE)?;
-        let info = HeaderInfo {
-            version: FORMAT_VERSION,
-            arch: HOST_ARCH,
-            page_size: PAGE_SIZE as u32,
-            compression,
-            created_unix_ns: identity.created_unix_ns,
-            id: identity.id,
-            cpu_features,
-        };
+        let compression = info.compression;
         let header = format::encode_header(&info);
         let mut sink = Sink {
             label: label.to_owned(),
@@ -473,6 +474,18 @@ impl Writer {
         let result = self.pipeline.wait(batch);
         self.failed |= result.is_err();
         result
+    }
+}
+
+fn new_header(cpu_features: [u8; 64], compression: Compression, identity: Identity) -> HeaderInfo {
+    HeaderInfo {
+        version: FORMAT_VERSION,
+        arch: HOST_ARCH,
+        page_size: PAGE_SIZE as u32,
+        compression,
+        created_unix_ns: identity.created_unix_ns,
+        id: identity.id,
+        cpu_features,
     }
 }
 
