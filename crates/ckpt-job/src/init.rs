@@ -183,7 +183,8 @@ pub fn init_main(start: impl FnOnce(&mut InitContext) -> Result<Started, StartEr
     if let Err(error) = release() {
         failed(error);
     }
-    let _ = channel::send(&*channel, Kind::LaunchStarted, i64::from(main_pid), details.to_string().as_bytes());
+    let _ =
+        channel::send(&*channel, Kind::LaunchStarted, i64::from(main_pid), details.to_string().as_bytes());
     let InitContext { spec, pty, external, log, passed, progress, .. } = context;
     drop((external, passed, log, progress));
     let _ = std::panic::take_hook();

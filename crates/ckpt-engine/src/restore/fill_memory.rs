@@ -23,6 +23,8 @@ use std::sync::{Mutex, PoisonError};
 const HUGE: u64 = 2 << 20;
 /// Most threads that fill: beyond these the memory is the limit.
 const MOST_THREADS: usize = 8;
+/// Most runs that a thread takes at once.
+const NEIGHBOURS: usize = 8;
 
 /// How the pages of a stretch of addresses are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,15 +174,22 @@ pub fn fill_file(
 fn in_parallel(reader: &Reader, items: &[(&Run, Target<'_>)]) -> Result<(), RestoreError> {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = cpus.min(MOST_THREADS).min(items.len());
+    // Neighbours go to one thread: two that write to the same huge page for the first time would both clear one.
+    let at_once = (items.len() / (4 * threads.max(1))).clamp(1, NEIGHBOURS);
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
     let work = || {
         let mut buf = Vec::new();
-        while let Some((run, target)) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
-            ckpt_sys::hook::point();
-            if let Err(e) = place(reader, run, target, &mut buf) {
-                next.store(items.len(), Ordering::Relaxed);
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
+        while let Some(rest) =
+            items.get(next.fetch_add(at_once, Ordering::Relaxed)..).filter(|r| !r.is_empty())
+        {
+            for (run, target) in rest.iter().take(at_once) {
+                ckpt_sys::hook::point();
+                if let Err(e) = place(reader, run, target, &mut buf) {
+                    next.store(items.len(), Ordering::Relaxed);
+                    failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
+                    return;
+                }
             }
         }
     };
