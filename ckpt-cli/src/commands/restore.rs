@@ -37,6 +37,9 @@ struct Outcome<'a> {
     init_pid: i32,
     main_pid: i32,
     log: &'a std::path::Path,
+    /// What init says of the restore: how long its phases took.
+    #[serde(flatten)]
+    details: &'a serde_json::Value,
 }
 
 /// Runs the command.
@@ -106,6 +109,7 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
             init_pid: job.init_pid,
             main_pid: job.main_pid,
             log: &job.log,
+            details: &job.details,
         })?;
     }
     if args.detach {

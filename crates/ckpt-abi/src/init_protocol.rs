@@ -71,7 +71,7 @@ pub enum Kind {
     LaunchWarning = 0x9001,
     /// Start: from here on the job lives on its own; `arg` is unused.
     LaunchCommitted = 0x9002,
-    /// Start: the job runs; `arg` is the pid of its main process inside the job.
+    /// Start: the job runs; `arg` is the pid of its main process inside the job, the payload JSON about the start.
     LaunchStarted = 0x9003,
     /// Start: it failed; `arg` is the class of the failure, the payload says why (UTF-8).
     LaunchFailed = 0x9004,

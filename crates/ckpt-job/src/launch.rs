@@ -96,6 +96,8 @@ pub struct Job {
     pub tty: bool,
     /// Where its output goes while nobody is attached.
     pub log: PathBuf,
+    /// What [`crate::Started::details`] says.
+    pub details: serde_json::Value,
     pub(crate) channel: OwnedFd,
     pub(crate) signals: SignalFd,
     /// Arrived during the start and are for the job.
@@ -163,7 +165,7 @@ pub fn launch(
     let mut children = Children { intermediate: Some(intermediate), init: None };
     let mut committed = false;
     let mut early_signals = Vec::new();
-    let main_pid = loop {
+    let (main_pid, details) = loop {
         // Messages first: a signal that arrives together with the news of the commit is for the job, not for us.
         let message = match channel::receive(ours.as_fd(), committed) {
             Ok(Some(message)) => message,
@@ -190,7 +192,11 @@ pub fn launch(
             Some(Kind::LaunchProgress) => event(LaunchEvent::Progress(message.text())),
             Some(Kind::LaunchWarning) => event(LaunchEvent::Warning(message.text())),
             Some(Kind::LaunchCommitted) => committed = true,
-            Some(Kind::LaunchStarted) => break i32::try_from(message.arg).unwrap_or(0),
+            Some(Kind::LaunchStarted) => {
+                // Only a report: nothing depends on it.
+                let details = serde_json::from_slice(&message.payload).unwrap_or_default();
+                break (i32::try_from(message.arg).unwrap_or(0), details);
+            }
             Some(Kind::LaunchFailed) => return Err(failure(&message)),
             _ => {
                 let text = format!("unexpected message {:#06x} from the job's init", message.kind_number);
@@ -206,6 +212,7 @@ pub fn launch(
         main_pid,
         tty,
         log,
+        details,
         channel: ours,
         signals,
         early_signals,

@@ -160,6 +160,11 @@ const ADVICE: &[(&str, i32)] = &[
     ("mg", libc::MADV_MERGEABLE),
 ];
 
+/// Advice on whether pages are to be huge.
+fn is_page_size(advice: i32) -> bool {
+    matches!(advice, libc::MADV_HUGEPAGE | libc::MADV_NOHUGEPAGE)
+}
+
 /// The kind.
 #[derive(Debug)]
 pub struct MemoryMapResource;
@@ -435,6 +440,10 @@ fn map_one(
         None => {
             let flags = (flags | libc::MAP_ANONYMOUS) as u64;
             b.call(what, libc::SYS_mmap, &[v.start, length, prot as u64, flags, u64::MAX, 0]);
+            // Before the pages come: it decides their size.
+            for a in v.advice.iter().filter(|a| is_page_size(**a)) {
+                b.call(format!("madvise {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
+            }
         }
         Some(path) => {
             let access = if shared && v.may_write { libc::O_RDWR } else { libc::O_RDONLY };
