@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use ckpt_job::JobName;
+use ckpt_job::policy::Span;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXIT_CODES: &str = "\
@@ -20,6 +21,7 @@ Exit status:
     115  corrupt: the image is damaged, or was made by a newer ckpt
     116  this host cannot: see `ckpt doctor`
     117  no space, or a store that cannot be written to
+    118  saved: a dump ended the job (--dump-on SIGNAL:stop, dump --stop); `ckpt run --resume` goes on
     126  the command of `run` could not be executed
     127  the command of `run` was not found";
 
@@ -49,6 +51,7 @@ pub enum Command {
     Verify(VerifyArgs),
     Kill(KillArgs),
     Wait(WaitArgs),
+    Supervise(SuperviseArgs),
     Attach(AttachArgs),
     Rm(RmArgs),
     Check(CheckArgs),
@@ -110,9 +113,41 @@ pub struct RunArgs {
     #[arg(long)]
     pub no_interceptor: bool,
 
+    #[command(flatten)]
+    pub supervision: SupervisionArgs,
+
+    /// The hidden side of recoveries: the job's supervisor starts it again.
+    #[arg(long, hide = true, value_name = "FD")]
+    pub by_supervisor: Option<i32>,
+
     /// The program and its arguments.
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+}
+
+/// What `ckpt run` has done with a job on its own.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Long jobs")]
+pub struct SupervisionArgs {
+    /// Dump the job at this interval: 30s, 10m, 2h, 1h30m.
+    ///
+    /// Counted from the start of the job and from the end of each dump of this kind. A dump that fails is said in the job's log and in
+    /// `ckpt ps`, and tried again after the same time.
+    ///
+    /// This, and all that follows, is the work of a supervisor: a process beside the job that outlives the terminal and `ckpt run`. If it
+    /// is killed, the job goes on and `ckpt ps` shows it as unsupervised; `ckpt supervise NAME` starts another.
+    #[arg(long, value_name = "DURATION")]
+    pub every: Option<Span>,
+
+    /// Keep the newest N checkpoints of this name and remove older ones, each time a dump by the supervisor is complete.
+    ///
+    /// Never removed is what a kept incremental checkpoint needs.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep: Option<u32>,
+
+    /// How these dumps compress memory; see `ckpt dump`.
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub compress: Option<Compression>,
 }
 
 /// Save all of a job
@@ -202,6 +237,10 @@ pub struct RestoreArgs {
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,
+
+    /// The hidden side of recoveries: the job's supervisor starts it again.
+    #[arg(long, hide = true, value_name = "FD")]
+    pub by_supervisor: Option<i32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -301,6 +340,22 @@ pub struct WaitArgs {
     /// Wait until all of the job's processes have ended.
     #[arg(long)]
     pub all: bool,
+}
+
+/// Take up the supervision of a job whose supervisor was killed
+///
+/// A job that was started with --every, --dump-on, --dump-at, --dump-when or --recover has a supervisor: a process outside the job that
+/// makes its dumps and starts it again. If that is killed, the job goes on, and `ckpt ps` shows it as "unsupervised". This starts another
+/// with the options of the job's `ckpt run`; it goes on in the background.
+///
+/// Recoveries then have the descriptors of this command: a job in the foreground whose output went to a file or pipe of `ckpt run` writes
+/// to the stdout and stderr of this command after its next recovery.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct SuperviseArgs {
+    /// The job.
+    #[arg(value_name = "NAME")]
+    pub name: JobName,
 }
 
 /// Connect this terminal to a job that has a terminal of its own

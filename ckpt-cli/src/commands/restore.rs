@@ -90,6 +90,8 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
             boottime_ns: image.job.boottime_ns,
         }),
         restored_from: Some(path.display().to_string()),
+        supervised: None,
+        by_supervisor: false,
         restored_command: image.job.argv.iter().map(|a| String::from_utf8_lossy(a).into_owned()).collect(),
     };
     drop(image);

@@ -5,14 +5,17 @@ use std::io::{self, IsTerminal as _};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail};
 use ckpt_job::attachment::AttachmentEnd;
 use ckpt_job::launch::LaunchEvent;
+use ckpt_job::policy::{Policy, Supervised};
 use ckpt_job::{Job, JobName, LaunchError, LaunchSpec, Registry, RegistryError, Work};
 
-use crate::args::RunArgs;
-use crate::commands::store_directory;
-use crate::exit_code::ExitCode;
+use clap::ValueEnum as _;
+
+use crate::args::{RunArgs, SupervisionArgs};
+use crate::commands::{store_directory, supervise};
+use crate::exit_code::{ExitCode, Usage};
 use crate::report::Report;
 
 /// Runs the command.
@@ -22,8 +25,29 @@ pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
     let tty =
         args.tty || (!args.no_tty && !args.detach && io::stdin().is_terminal() && io::stdout().is_terminal());
     let window = ckpt_sys::pty::window_size(io::stdin().as_fd()).ok().map(|size| (size.rows, size.columns));
+    let policy = policy(&args.supervision);
+    if !policy.needs_supervisor() && args.supervision.keep.is_some() {
+        bail!(Usage(
+            "--keep N is for dumps that ckpt makes on its own: give --every, --dump-on, --dump-at or --dump-when, too"
+        ));
+    }
+    let directory = std::env::current_dir().context("finding the working directory")?;
+    let supervised = |name: &JobName| Supervised {
+        name: name.clone(),
+        policy: policy.clone(),
+        store: store.clone(),
+        log: log_path(&store, name),
+        argv: args.command.clone(),
+        environment: std::env::vars_os().collect(),
+        directory: directory.clone(),
+        tty,
+        detach: args.detach,
+        interceptor: !args.no_interceptor,
+    };
     let spec = |name: JobName| LaunchSpec {
         log: log_path(&store, &name),
+        supervised: policy.needs_supervisor().then(|| supervised(&name)),
+        by_supervisor: args.by_supervisor.is_some(),
         name,
         store: store.clone(),
         work: Work::Command { argv: args.command.clone(), environment: std::env::vars_os().collect() },
@@ -37,7 +61,7 @@ pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
         restored_from: None,
         restored_command: Vec::new(),
     };
-    let job = match &args.name {
+    let mut job = match &args.name {
         Some(name) => launch(spec(name.clone()), report)?,
         None => loop {
             let name = free_name(&store)?;
@@ -48,6 +72,7 @@ pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
             }
         },
     };
+    begin_supervision(&mut job, report);
     if args.name.is_none() || args.detach {
         report.note(&format!("job {}", job.name));
     }
@@ -56,6 +81,30 @@ pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     stay(job, report)
+}
+
+/// Starts the supervisor of a job that is to get one. The job goes on without, if need be.
+pub fn begin_supervision(job: &mut Job, report: &Report) {
+    let Some(lock) = job.supervision.take() else { return };
+    let started = Registry::open()
+        .and_then(|registry| registry.supervised(&job.name))
+        .map_err(anyhow::Error::from)
+        .and_then(|supervised| supervise::start(&job.name, lock, supervise::keeps_descriptors(&supervised)));
+    if let Err(error) = started {
+        report.warning(&format!(
+            "job {} runs unsupervised: {error:#}; try: ckpt supervise {}",
+            job.name, job.name
+        ));
+    }
+}
+
+/// What the options ask for.
+fn policy(args: &SupervisionArgs) -> Policy {
+    let mut dump_options = Vec::new();
+    if let Some(value) = args.compress.and_then(|method| method.to_possible_value()) {
+        dump_options.extend(["--compress".to_owned(), value.get_name().to_owned()]);
+    }
+    Policy { every: args.every, keep: args.keep, dump_options, ..Policy::default() }
 }
 
 fn launch(spec: LaunchSpec, report: &Report) -> Result<Job, LaunchError> {
@@ -70,7 +119,12 @@ fn launch(spec: LaunchSpec, report: &Report) -> Result<Job, LaunchError> {
 /// Stays with a job in the foreground; ends with its status.
 pub fn stay(job: Job, report: &Report) -> Result<ExitCode> {
     let name = job.name.clone();
-    let end = ckpt_job::foreground(job)?;
+    let again = || {
+        let known = Registry::open().and_then(|registry| registry.supervision(&name)).ok().flatten();
+        let last = known.and_then(|known| known.state.events.last().map(|event| event.what.clone()));
+        report.note(&format!("job {name}: {}", last.as_deref().unwrap_or("started again")));
+    };
+    let end = ckpt_job::foreground(job, again)?;
     Ok(end_of_attachment(&name, end, report))
 }
 
@@ -81,6 +135,14 @@ pub fn end_of_attachment(name: &JobName, end: AttachmentEnd, report: &Report) ->
         AttachmentEnd::TakenOver => {
             report.note(&format!("another terminal is attached to job {name} now; it goes on"));
             ExitCode::SUCCESS
+        }
+        AttachmentEnd::Saved => {
+            let checkpoint = Registry::open().ok().and_then(|registry| registry.saved(name));
+            report.note(&format!(
+                "job {name} was saved in {} and ended; go on with: ckpt restore {name}, or ckpt run --resume",
+                checkpoint.as_deref().unwrap_or("a checkpoint")
+            ));
+            ExitCode::SAVED
         }
         AttachmentEnd::Detached => {
             report.note(&format!("detached; job {name} goes on"));

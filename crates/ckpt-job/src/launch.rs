@@ -29,7 +29,7 @@ use crate::external;
 use crate::init::{INIT_ARGUMENT, StartErrorClass};
 use crate::name::JobName;
 use crate::namespaces;
-use crate::registry::{Claim, Registry, RegistryError};
+use crate::registry::{Claim, Claimant, Registry, RegistryError};
 use crate::spec::{InitSpec, LaunchSpec};
 
 /// Init holds external fds from this number on, where RLIMIT_NOFILE allows.
@@ -96,6 +96,8 @@ pub struct Job {
     pub tty: bool,
     /// Where its output goes while nobody is attached.
     pub log: PathBuf,
+    /// Holds the lock of the supervisor that the job is to get: to be handed on to it.
+    pub supervision: Option<File>,
     pub(crate) channel: OwnedFd,
     pub(crate) signals: SignalFd,
     /// Arrived during the start and are for the job.
@@ -121,7 +123,9 @@ pub fn launch(
             return Err(LaunchError::PathNotUtf8(path.clone()));
         }
     }
-    let claim = Registry::open()?.claim(&spec.name)?;
+    let claimant =
+        if spec.by_supervisor { Claimant::Supervisor } else { Claimant::Launcher(spec.supervised.as_ref()) };
+    let mut claim = Registry::open()?.claim(&spec.name, claimant)?;
     let externals = external::inherited().map_err(system("listing the inherited fds"))?;
     let inherited: Vec<RawFd> = externals.iter().map(|record| record.number).collect();
     let externals = externals.into_iter().filter(|record| !is_replaced(&spec, record.number)).collect();
@@ -199,6 +203,7 @@ pub fn launch(
         }
     };
     let init_pid = children.keep();
+    let supervision = claim.supervision.take();
     claim.keep();
     Ok(Job {
         name,
@@ -206,6 +211,7 @@ pub fn launch(
         main_pid,
         tty,
         log,
+        supervision,
         channel: ours,
         signals,
         early_signals,
@@ -215,7 +221,7 @@ pub fn launch(
 }
 
 /// Whether the job gets something else under this number than the launcher has there.
-fn is_replaced(spec: &LaunchSpec, number: RawFd) -> bool {
+pub(crate) fn is_replaced(spec: &LaunchSpec, number: RawFd) -> bool {
     use std::io::IsTerminal as _;
     match number {
         0 | 1 => spec.tty || spec.detach,
