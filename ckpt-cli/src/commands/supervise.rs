@@ -30,6 +30,17 @@ pub fn run(args: &SuperviseArgs, report: &Report) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// For a command that a supervisor started: its messages go to this descriptor, as stderr is the job's.
+///
+/// # Errors
+/// If it is not open.
+pub fn divert(messages: Option<RawFd>, report: &Report) -> Result<()> {
+    if let Some(fd) = messages {
+        report.divert(File::from(ckpt_sys::spawn::adopt_inherited(fd)?));
+    }
+    Ok(())
+}
+
 /// Which of the standard descriptors a supervisor has to keep for its job's next run.
 pub fn keeps_descriptors(job: &Supervised) -> impl Fn(RawFd) -> bool {
     let inherits = job.policy.recover.is_some() && !job.detach;

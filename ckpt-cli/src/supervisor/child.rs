@@ -68,9 +68,9 @@ impl Running {
         }
     }
 
-    /// Ends it.
-    pub fn kill(&mut self) {
-        let _ = self.child.kill();
+    /// Its pid.
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
     }
 
     fn result(&mut self, status: std::process::ExitStatus) -> Finished {
@@ -89,7 +89,6 @@ fn code_of(status: std::process::ExitStatus) -> i32 {
 
 /// Starts a job again by a command of ckpt that gets this process's descriptors, `pass` among them, for the job. The command is told by
 /// `--by-supervisor FD`, put before `rest`, where its messages go.
-#[expect(dead_code, reason = "used by recoveries")]
 pub fn launch(command: Command, rest: &[std::ffi::OsString], pass: &[RawFd]) -> Finished {
     try_launch(command, rest, pass).unwrap_or_else(|error| Finished {
         code: -1,

@@ -69,6 +69,26 @@ impl Journal {
         self.event(what);
     }
 
+    /// Tells that this run of the job was its last.
+    pub fn last_run(&mut self, run: Option<String>) {
+        self.state.final_run = run;
+        self.publish();
+    }
+
+    /// Tells that the job is started again after this time.
+    pub fn restart_in(&mut self, after: Duration) {
+        self.state.restart_unix = Some(now_unix() + after.as_secs());
+        self.state.next_dump_unix = None;
+        self.publish();
+    }
+
+    /// Tells that it was.
+    pub fn restarted(&mut self, what: &str) {
+        self.state.recoveries += 1;
+        self.state.restart_unix = None;
+        self.event(what);
+    }
+
     /// Tells when the next periodic dump is due.
     pub fn next_dump(&mut self, after: Option<Duration>) {
         self.state.next_dump_unix = after.map(|after| now_unix() + after.as_secs());

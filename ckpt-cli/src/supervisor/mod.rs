@@ -6,7 +6,11 @@
 
 mod child;
 mod journal;
+mod probe;
 mod prune;
+mod recovery;
+mod triggers;
+mod usage;
 
 use std::os::fd::{AsFd as _, RawFd};
 use std::process::Command;
@@ -23,6 +27,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use child::{Finished, Running};
 use journal::Journal;
+use recovery::Recovery;
+use triggers::{Pulled, Triggers};
 
 use crate::exit_code::ExitCode;
 
@@ -49,6 +55,8 @@ struct Dumping {
 enum End {
     /// For good.
     Final,
+    /// By a failure that the job is to be recovered from.
+    Failed,
     /// The supervisor is to go; the job stays.
     Leave,
 }
@@ -59,11 +67,14 @@ struct Supervisor {
     journal: Journal,
     signals: SignalFd,
     /// What the job's next run gets besides the standard descriptors.
-    #[expect(dead_code, reason = "used by recoveries")]
     inherited: Vec<RawFd>,
     wanted: Option<Wanted>,
     dumping: Option<Dumping>,
     next_periodic: Option<Instant>,
+    triggers: Triggers,
+    recovery: Recovery,
+    /// Why the supervisor ended the job.
+    unwell: Option<String>,
     leaving: bool,
 }
 
@@ -78,7 +89,7 @@ pub fn main() -> std::process::ExitCode {
         let name: JobName = name.parse()?;
         let mut supervisor = Supervisor::new(&name)?;
         let end = supervisor.supervise();
-        if !matches!(end, Ok(End::Leave)) {
+        if matches!(end, Ok(End::Final)) {
             supervisor.registry.end_supervision(&name)?;
         }
         drop(lock);
@@ -126,6 +137,9 @@ impl Supervisor {
             wanted: None,
             dumping: None,
             next_periodic: None,
+            triggers: Triggers::default(),
+            recovery: Recovery::default(),
+            unwell: None,
             leaving: false,
         })
     }
@@ -136,44 +150,79 @@ impl Supervisor {
 
     /// Through all runs of the job.
     fn supervise(&mut self) -> Result<End> {
-        let watch = match Watch::start(&self.registry, &self.job.name) {
-            Ok(watch) => watch,
-            // It has ended already.
-            Err(_) => return Ok(End::Final),
-        };
-        self.journal.event("supervising");
-        let end = self.run(&watch)?;
-        match end {
-            End::Leave => self.journal.event("told to leave: the job goes on unsupervised"),
-            End::Final => self.journal.event("the job has ended"),
+        loop {
+            let watch = match Watch::start(&self.registry, &self.job.name) {
+                Ok(watch) => watch,
+                Err(error) if self.registry.is_live(&self.job.name)? => return Err(error.into()),
+                // It has ended already.
+                Err(_) => {
+                    let status = self.registry.exit_status(&self.job.name)?;
+                    match self.run_ended(status)? {
+                        End::Failed if self.recover()? => continue,
+                        _ => return Ok(End::Final),
+                    }
+                }
+            };
+            match self.run(&watch)? {
+                End::Leave => {
+                    self.journal.event("told to leave: the job goes on unsupervised");
+                    return Ok(End::Leave);
+                }
+                End::Failed if self.recover()? => {}
+                End::Failed | End::Final => return Ok(End::Final),
+            }
         }
-        Ok(end)
     }
 
     /// Through one run of the job.
     fn run(&mut self, watch: &Watch) -> Result<End> {
         self.schedule_periodic();
-        let mut ended: Option<Option<ExitStatus>> = None;
+        self.triggers = Triggers::new(&self.job, watch.init_pid);
+        self.journal.event("supervising");
+        self.unwell = None;
+        self.leaving = false;
+        let mut main_ended: Option<ExitStatus> = None;
         loop {
-            if self.leaving && ended.is_none() && self.dumping.is_none() {
+            if self.leaving && main_ended.is_none() && self.dumping.is_none() {
                 return Ok(End::Leave);
             }
             self.see_to_dumps();
+            self.pull_triggers(watch);
             self.wait(watch)?;
             self.take_signals();
             while let Some(notice) = watch.notice() {
                 match notice {
                     Notice::DumpSignal(signal) => self.signalled(i32::from(signal)),
+                    Notice::Ended(outcome) if outcome.job_ended => {
+                        return self.run_ended(Some(outcome.status));
+                    }
                     Notice::Ended(outcome) => {
-                        ended = ended.or(Some(Some(outcome.status)));
-                        if outcome.job_ended || watch.wait_for_all().is_err() {
-                            return self.run_ended(ended.flatten());
+                        main_ended = Some(outcome.status);
+                        if self.is_failure(main_ended) {
+                            // What it left behind is of no use without it.
+                            let _ = watch.end_job();
+                        } else {
+                            let run = self.registry.run_of(&self.job.name);
+                            self.journal.last_run(run);
+                        }
+                        if watch.wait_for_all().is_err() {
+                            return self.run_ended(main_ended);
                         }
                     }
-                    Notice::Lost => return self.run_ended(ended.flatten()),
+                    Notice::Lost => return self.run_ended(main_ended),
                 }
             }
         }
+    }
+
+    /// Whether an end of the main process is one to recover from; `None`: the job was killed as a whole.
+    fn is_failure(&self, status: Option<ExitStatus>) -> bool {
+        let name = &self.job.name;
+        let wished = self.registry.end_requested(name)
+            || self.registry.saved(name).is_some()
+            || self.wanted.as_ref().is_some_and(|wanted| wanted.stop);
+        let failed = self.unwell.is_some() && self.policy().recover.is_some();
+        !wished && (failed || self.policy().is_failure(status, self.job.tty))
     }
 
     /// The last process of the run is gone.
@@ -183,12 +232,21 @@ impl Supervisor {
             let finished = dumping.command.wait();
             self.dump_finished(&dumping, &finished);
         }
-        let how = match (self.registry.saved(&self.job.name), status) {
-            (Some(checkpoint), _) => format!("saved in {checkpoint} and ended"),
-            (None, Some(status)) => format!("the main process {status}"),
-            (None, None) => "killed as a whole".to_owned(),
+        self.next_periodic = None;
+        let failed = self.is_failure(status);
+        let how = match (self.registry.saved(&self.job.name), self.unwell.take(), status) {
+            (Some(checkpoint), ..) => format!("saved in {checkpoint} and ended"),
+            (None, Some(unwell), _) => unwell,
+            (None, None, Some(status)) => format!("the main process {status}{}", self.triggers.oom_kills()),
+            (None, None, None) => format!("the job was killed as a whole{}", self.triggers.oom_kills()),
         };
         self.journal.event(&how);
+        self.triggers = Triggers::default();
+        self.wanted = None;
+        if failed {
+            return Ok(End::Failed);
+        }
+        self.journal.last_run(self.registry.run_of(&self.job.name));
         Ok(End::Final)
     }
 
@@ -251,6 +309,8 @@ impl Supervisor {
         if let (0, Some(checkpoint)) = (finished.code, checkpoint) {
             let pause_ms =
                 answer.as_ref().and_then(|answer| answer["pause_ns"].as_f64()).unwrap_or(0.0) / 1e6;
+            self.recovery.progress();
+            self.triggers.dumped();
             self.journal.dumped(
                 checkpoint,
                 &format!("dumped ({why}): {checkpoint}, stood still for {pause_ms:.1} ms"),
@@ -266,6 +326,21 @@ impl Supervisor {
         }
         if self.next_periodic.is_none() {
             self.schedule_periodic();
+        }
+    }
+
+    /// Thresholds, probes and signs of life.
+    fn pull_triggers(&mut self, watch: &Watch) {
+        for pulled in self.triggers.turn(&self.job, self.dumping.is_some()) {
+            match pulled {
+                Pulled::Dump(why) => self.want(why, false),
+                Pulled::Note(what) => self.journal.event(&what),
+                Pulled::Unwell(why) => {
+                    self.journal.event(&format!("{why}: ending the job"));
+                    self.unwell = Some(why);
+                    let _ = watch.end_job();
+                }
+            }
         }
     }
 
@@ -291,7 +366,7 @@ impl Supervisor {
     /// Waits until there may be something to do.
     fn wait(&self, watch: &Watch) -> Result<()> {
         let wanted = self.wanted.as_ref().filter(|_| self.dumping.is_none()).map(|wanted| wanted.not_before);
-        let due = [wanted, self.next_periodic].into_iter().flatten().min();
+        let due = [wanted, self.next_periodic, self.triggers.next()].into_iter().flatten().min();
         let timeout = due.map_or(PollTimeout::NONE, |due| {
             // Rounded up, so that it is due then.
             let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -327,7 +402,7 @@ impl Supervisor {
 }
 
 /// A message on one line, not too long for a list.
-fn one_line(text: &str) -> String {
+pub(crate) fn one_line(text: &str) -> String {
     const MOST: usize = 500;
     let lines: Vec<&str> = text.lines().map(|line| line.trim_start_matches("ckpt: ").trim()).collect();
     let line = lines.join("; ");

@@ -362,7 +362,22 @@ const KILLED: TimeVal = TimeVal::new(10, 0);
 /// # Errors
 /// [`RegistryError::NotFound`]; [`ClientError::Refused`] with the errno of kill(2).
 pub fn kill(name: &JobName, signal: u8, scope: KillScope) -> Result<(), ClientError> {
-    let connection = Connection::open(&Registry::open()?, name)?;
+    let registry = Registry::open()?;
+    let connection = match Connection::open(&registry, name) {
+        // It has failed and is about to be started again: the signal is for whoever does that.
+        Err(error @ ClientError::Registry(RegistryError::NotFound(_))) => {
+            let supervision = registry.supervision(name)?.filter(|known| known.supervised);
+            let pid = supervision.map_or(0, |known| known.state.pid);
+            // Told to end, as SIGKILL would leave a job that nobody ends.
+            let signal = if i32::from(signal) == libc::SIGKILL { libc::SIGTERM } else { i32::from(signal) };
+            return match pid {
+                2.. => ckpt_sys::spawn::send_signal(pid, signal)
+                    .map_err(|source| ClientError::Io { name: name.clone(), source }),
+                _ => Err(error),
+            };
+        }
+        opened => opened?,
+    };
     connection.ask(Kind::Kill, kill_arg(signal, scope), Kind::Done)?;
     if i32::from(signal) == libc::SIGKILL {
         setsockopt(&connection.socket, sockopt::ReceiveTimeout, &KILLED)

@@ -116,7 +116,22 @@ pub struct Job {
 pub fn launch(
     spec: LaunchSpec,
     pass: Vec<OwnedFd>,
+    event: impl FnMut(LaunchEvent),
+) -> Result<Job, LaunchError> {
+    let mut blocked_before = None;
+    let launched = try_launch(spec, pass, event, &mut blocked_before);
+    if let (Err(_), Some(mask)) = (&launched, blocked_before) {
+        // Whoever starts something else instead starts it as it would have without this.
+        spawn::set_blocked_signals(mask).map_err(system("unblocking signals"))?;
+    }
+    launched
+}
+
+fn try_launch(
+    spec: LaunchSpec,
+    pass: Vec<OwnedFd>,
     mut event: impl FnMut(LaunchEvent),
+    blocked_before: &mut Option<spawn::SignalMask>,
 ) -> Result<Job, LaunchError> {
     for path in [&spec.store, &spec.log] {
         if path.to_str().is_none() {
@@ -132,6 +147,7 @@ pub fn launch(
     let ignored_signals = spawn::ignored_signals();
     // From now on signals wait in the signalfd: those that end us must not leave a half-started job's terminal or entry.
     let blocked_signals = spawn::set_blocked_signals(!0).map_err(system("blocking signals"))?;
+    *blocked_before = Some(blocked_signals);
     let signals = SignalFd::with_flags(&SigSet::all(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(system("making a signalfd"))?;
     let (name, log, tty) = (spec.name.clone(), spec.log.clone(), spec.tty);

@@ -183,6 +183,8 @@ pub struct Policy {
     pub recover_delay: Option<Span>,
     /// A command that fails when the job is not well.
     pub health: Option<String>,
+    /// How often in a row it has to fail.
+    pub health_failures: Option<u32>,
     /// How often the commands are run.
     pub probe_every: Option<Span>,
     /// How long each may take.
