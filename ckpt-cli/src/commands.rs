@@ -14,6 +14,7 @@ pub mod ps;
 pub mod restore;
 pub mod rm;
 pub mod run;
+pub mod supervise;
 pub mod verify;
 pub mod wait;
 

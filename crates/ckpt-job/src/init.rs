@@ -312,7 +312,10 @@ fn prepare(handed: HandedRest, channel: &std::sync::Arc<OwnedFd>) -> Result<Prep
 }
 
 /// Opens a job's log for appending; makes its directory if needed.
-pub(crate) fn open_log(path: &Path) -> Result<File, StartError> {
+///
+/// # Errors
+/// As mkdir(2) and open(2).
+pub fn open_log(path: &Path) -> Result<File, StartError> {
     let open = || {
         if let Some(parent) = path.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
