@@ -16,6 +16,13 @@
 
 #include "ckpt.h"
 
+/* A build that loses writes, to prove that the tests would see it. */
+#ifdef CKPT_TEST_SKIP_FLUSH
+#define CKPT_SKIP_FLUSH true
+#else
+#define CKPT_SKIP_FLUSH false
+#endif
+
 /* Live snapshots of one address space. */
 #define CKPT_MAX_SNAPSHOTS 2
 

@@ -47,9 +47,8 @@ static int __init ckpt_init(void)
 	/* Where there is no debugfs, the module does without. */
 	ckpt_debugfs = debugfs_create_dir("ckpt", NULL);
 	debugfs_create_file("sessions", 0400, ckpt_debugfs, NULL, &ckpt_sessions_fops);
-#ifdef CKPT_TEST_SKIP_FLUSH
-	pr_warn("built to lose writes: for tests only\n");
-#endif
+	if (CKPT_SKIP_FLUSH)
+		pr_warn("built to lose writes: for tests only\n");
 	return 0;
 }
 

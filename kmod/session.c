@@ -141,9 +141,8 @@ static long ckpt_query(void __user *argp)
 		query.features |= CKPT_FEATURE_INCREMENTAL;
 	if (IS_ENABLED(CONFIG_TRANSPARENT_HUGEPAGE))
 		query.features |= CKPT_FEATURE_THP;
-#ifdef CKPT_TEST_SKIP_FLUSH
-	query.features |= CKPT_FEATURE_TEST_BUILD;
-#endif
+	if (CKPT_SKIP_FLUSH)
+		query.features |= CKPT_FEATURE_TEST_BUILD;
 	query.page_size = PAGE_SIZE;
 	query.max_snapshots = CKPT_MAX_SNAPSHOTS;
 	query.max_pages = READ_ONCE(ckpt_max_pages);

@@ -547,11 +547,11 @@ static void ckpt_flush_cpu(void *unused)
  */
 static void ckpt_flush_tlb(struct mm_struct *mm)
 {
-#ifndef CKPT_TEST_SKIP_FLUSH
+	if (CKPT_SKIP_FLUSH)
+		return;
 	/* A full barrier: the entries are written before the mask is read. */
 	atomic64_inc_return(&mm->context.tlb_gen);
 	on_each_cpu_mask(mm_cpumask(mm), ckpt_flush_cpu, NULL, true);
-#endif
 }
 
 /**
