@@ -15,6 +15,7 @@ pub mod restore;
 pub mod rm;
 pub mod run;
 pub mod squash;
+pub mod supervise;
 pub mod verify;
 pub mod wait;
 

@@ -15,6 +15,7 @@
 //! | 115 | corrupt: the image is damaged, or made by a newer ckpt |
 //! | 116 | host cannot: this host or kernel lacks or forbids something, see `ckpt doctor` |
 //! | 117 | no space, or a store that cannot be written to |
+//! | 118 | a dump saved the job and ended it |
 //! | 125 | ckpt itself failed, in commands that end with a job's status |
 //! | 126 | the command of `run` was found and could not be executed |
 //! | 127 | the command of `run` was not found |
@@ -53,6 +54,8 @@ impl ExitCode {
     pub const HOST_CANNOT: ExitCode = ExitCode(116);
     /// No space, or a read-only store.
     pub const NO_SPACE: ExitCode = ExitCode(117);
+    /// A dump saved the job and ended it.
+    pub const SAVED: ExitCode = ExitCode(118);
     /// ckpt itself failed, in a command that ends with a job's status.
     pub const OWN_FAILURE: ExitCode = ExitCode(125);
     /// The command could not be executed.
@@ -70,6 +73,11 @@ impl ExitCode {
         error.chain().find_map(of_cause).unwrap_or(fallback)
     }
 }
+
+/// Options that do not go together, where the parser cannot tell.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub &'static str);
 
 fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<ExitCode> {
     if let Some(error) = cause.downcast_ref::<LaunchError>() {
@@ -102,7 +110,7 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<ExitCode> {
     if let Some(error) = cause.downcast_ref::<StoreError>() {
         return of_store(error);
     }
-    cause.downcast_ref::<InvalidName>().map(|_| ExitCode::USAGE)
+    (cause.is::<InvalidName>() || cause.is::<Usage>()).then_some(ExitCode::USAGE)
 }
 
 fn of_store(error: &StoreError) -> Option<ExitCode> {
@@ -142,8 +150,10 @@ pub fn is_storage(error: &std::io::Error) -> bool {
 
 fn of_registry(error: &RegistryError) -> Option<ExitCode> {
     match error {
-        RegistryError::NotFound(_) => Some(ExitCode::NOT_FOUND),
-        RegistryError::NameTaken(_) | RegistryError::BeingDumped(_) => Some(ExitCode::CONFLICT),
+        RegistryError::NotFound(_) | RegistryError::NotSupervised(_) => Some(ExitCode::NOT_FOUND),
+        RegistryError::NameTaken(_) | RegistryError::BeingDumped(_) | RegistryError::Recovering(_) => {
+            Some(ExitCode::CONFLICT)
+        }
         _ => None,
     }
 }

@@ -52,6 +52,9 @@ fn restore(context: &mut InitContext, work: RestoreWork) -> Result<Started, Star
     }
     Ok(Started {
         main_pid: rebuilt.main_pid,
+        details: serde_json::json!({
+            "phases_ns": rebuilt.phases_ns.iter().copied().collect::<std::collections::BTreeMap<_, _>>(),
+        }),
         main_exited: rebuilt.main_status.and_then(ExitStatus::from_wait_status),
         release: Box::new(move || {
             ckpt_sys::hook::report();

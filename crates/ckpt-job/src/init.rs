@@ -143,6 +143,8 @@ pub struct Started {
     pub main_pid: i32,
     /// For a restored job whose main process had ended before: how. Then `main_pid` is not waited for.
     pub main_exited: Option<ExitStatus>,
+    /// For whoever started the job, see [`crate::Job::details`].
+    pub details: serde_json::Value,
     /// Called after the commit; lets the work run. An error ends the job and is told to the launcher.
     pub release: Box<dyn FnOnce() -> Result<(), StartError>>,
 }
@@ -171,7 +173,7 @@ pub fn init_main(start: impl FnOnce(&mut InitContext) -> Result<Started, StartEr
         Ok(started) => started,
         Err(error) => failed(error),
     };
-    let Started { main_pid, main_exited, release } = started;
+    let Started { main_pid, main_exited, details, release } = started;
     let record = record(&context, main_pid, started_at);
     let (listener, signals) = match open_for_business(&entry, &record) {
         Ok(pair) => pair,
@@ -181,7 +183,8 @@ pub fn init_main(start: impl FnOnce(&mut InitContext) -> Result<Started, StartEr
     if let Err(error) = release() {
         failed(error);
     }
-    let _ = channel::send(&*channel, Kind::LaunchStarted, i64::from(main_pid), b"");
+    let _ =
+        channel::send(&*channel, Kind::LaunchStarted, i64::from(main_pid), details.to_string().as_bytes());
     let InitContext { spec, pty, external, log, passed, progress, .. } = context;
     drop((external, passed, log, progress));
     let _ = std::panic::take_hook();
@@ -309,7 +312,10 @@ fn prepare(handed: HandedRest, channel: &std::sync::Arc<OwnedFd>) -> Result<Prep
 }
 
 /// Opens a job's log for appending; makes its directory if needed.
-pub(crate) fn open_log(path: &Path) -> Result<File, StartError> {
+///
+/// # Errors
+/// As mkdir(2) and open(2).
+pub fn open_log(path: &Path) -> Result<File, StartError> {
     let open = || {
         if let Some(parent) = path.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;

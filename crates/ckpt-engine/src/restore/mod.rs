@@ -17,6 +17,7 @@ use build_tree::Build;
 use ckpt_image::Record;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 /// What to do with files that changed since the dump.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -59,6 +60,9 @@ pub struct RestoreRequest {
     pub terminal: Option<(i32, String)>,
 }
 
+/// How long each phase of a restore took: its name and nanoseconds, in order.
+pub type Phases = Vec<(&'static str, u64)>;
+
 /// A rebuilt job, still standing.
 #[derive(Debug)]
 pub struct Rebuilt {
@@ -68,6 +72,8 @@ pub struct Rebuilt {
     pub main_status: Option<i32>,
     /// What the person who restores should know.
     pub warnings: Vec<String>,
+    /// How long each phase took, in nanoseconds.
+    pub phases_ns: Phases,
     ready: resume::Ready,
 }
 
@@ -86,20 +92,30 @@ impl Rebuilt {
 /// # Errors
 /// The caller exits after an error: that removes what was built.
 pub fn rebuild(request: &RestoreRequest) -> Result<Rebuilt, RestoreError> {
+    let mut phases = Phases::new();
+    let mut since = Instant::now();
+    let mut done = |phase| {
+        let now = Instant::now();
+        phases.push((phase, u64::try_from((now - since).as_nanos()).unwrap_or(u64::MAX)));
+        since = now;
+    };
     let image = read::read(request)?;
+    done("read");
     let plan = plan::plan(&image, request)?;
     let mut build = Build::new(request, &image, plan)?;
+    done("plan");
     if !ckpt_sys::hook::skipped(Kind::Process.name()) {
         build.build_tree()?;
     }
+    done("build_tree");
     let order = in_order();
-    let steps: [Step; 4] = [
-        |r, b, rec| r.create(b, rec),
-        |r, b, rec| r.connect(b, rec),
-        |r, b, rec| r.finish(b, rec),
-        |r, b, rec| r.arm(b, rec),
+    let steps: [(&str, Step); 4] = [
+        ("create", |r, b, rec| r.create(b, rec)),
+        ("connect", |r, b, rec| r.connect(b, rec)),
+        ("finish", |r, b, rec| r.finish(b, rec)),
+        ("arm", |r, b, rec| r.arm(b, rec)),
     ];
-    for (i, step) in steps.into_iter().enumerate() {
+    for (name, step) in steps {
         for r in &order {
             if ckpt_sys::hook::skipped(r.kind().name()) {
                 continue;
@@ -109,11 +125,16 @@ pub fn rebuild(request: &RestoreRequest) -> Result<Rebuilt, RestoreError> {
                 step(*r, &mut build, record)?;
             }
         }
-        if i == 0 {
+        done(name);
+        if name == "create" {
             fill_memory::fill(&mut build)?;
+            done("fill_memory");
         }
     }
-    resume::prepare(build)
+    let mut rebuilt = resume::prepare(build)?;
+    done("prepare");
+    rebuilt.phases_ns = phases;
+    Ok(rebuilt)
 }
 
 type Step = fn(&dyn crate::resource::Resource, &mut Build<'_>, &Record) -> Result<(), RestoreError>;
