@@ -4,6 +4,7 @@
 
 mod clock;
 mod commands;
+mod cow;
 mod engines;
 mod epoll;
 mod eventfd;

@@ -4,7 +4,7 @@
 use std::num::NonZeroU64;
 
 use anyhow::{Context as _, Result};
-use ckpt_engine::dump::{DumpRequest, Phases, dump};
+use ckpt_engine::dump::{DumpRequest, dump};
 use ckpt_engine::error::DumpError;
 use ckpt_engine::snapshot::Engine;
 use ckpt_engine::snapshot::copy::Copy;
@@ -23,6 +23,8 @@ struct Outcome<'a> {
     path: &'a std::path::Path,
     bytes: u64,
     pause_ns: u64,
+    /// Each phase of the dump; those from "stop" to "resume" make up the pause.
+    phases_ns: std::collections::BTreeMap<&'a str, u64>,
     processes: usize,
     threads: usize,
     memory_bytes: u64,
@@ -30,7 +32,6 @@ struct Outcome<'a> {
     engine_reasons: &'a [String],
     held_bytes: u64,
     duplicated_bytes: u64,
-    phases_ns: Phases,
     warnings: &'a [String],
 }
 
@@ -99,11 +100,13 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     }
     let account = &outcome.account;
     if args.json {
+        let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
         report.print_json(&Outcome {
             checkpoint: &checkpoint,
             path: &path,
             bytes,
-            pause_ns: u64::try_from(outcome.pause.as_nanos()).unwrap_or(u64::MAX),
+            pause_ns: ns(outcome.pause),
+            phases_ns: outcome.phases.all.iter().map(|(name, took)| (*name, ns(*took))).collect(),
             processes: outcome.processes,
             threads: outcome.threads,
             memory_bytes: outcome.memory_bytes,
@@ -111,7 +114,6 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             engine_reasons: &account.reasons,
             held_bytes: account.held_bytes,
             duplicated_bytes: account.duplicated_bytes,
-            phases_ns: outcome.phases,
             warnings: &outcome.warnings,
         })?;
     } else {

@@ -7,6 +7,7 @@ pub mod discover;
 pub mod dumpable;
 pub mod freeze;
 pub mod pace;
+pub mod phases;
 pub mod short_write;
 pub mod snapshot;
 pub mod write;
@@ -40,30 +41,6 @@ pub struct DumpRequest<'a> {
     pub progress: &'a mut dyn FnMut(u64, u64),
 }
 
-/// How long each step took, in nanoseconds. The job stands still from *freeze* to *resume*.
-#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
-#[allow(missing_docs)]
-pub struct Phases {
-    pub discover: u64,
-    pub barrier: u64,
-    pub freeze: u64,
-    pub collect: u64,
-    pub snapshot: u64,
-    pub resume: u64,
-    pub write: u64,
-}
-
-/// Takes the time of one step after the other.
-struct Stopwatch(Instant);
-
-impl Stopwatch {
-    fn lap(&mut self) -> u64 {
-        let now = Instant::now();
-        let lap = now - std::mem::replace(&mut self.0, now);
-        u64::try_from(lap.as_nanos()).unwrap_or(u64::MAX)
-    }
-}
-
 /// What was done.
 #[derive(Debug)]
 pub struct DumpReport {
@@ -71,8 +48,6 @@ pub struct DumpReport {
     pub summary: Summary,
     /// How long the job was stopped, as seen from outside.
     pub pause: Duration,
-    /// How long the steps took.
-    pub phases: Phases,
     /// Number of processes.
     pub processes: usize,
     /// Number of threads.
@@ -81,6 +56,8 @@ pub struct DumpReport {
     pub memory_bytes: u64,
     /// What the snapshot took.
     pub account: Account,
+    /// How long each phase took.
+    pub phases: phases::Phases,
     /// What the person who dumps should know.
     pub warnings: Vec<String>,
     /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
@@ -110,33 +87,31 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 /// In each case the job runs on as before.
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let DumpRequest { info, dir, compression, engine, stop, io_limit, free_bytes, progress } = request;
-    let (mut phases, mut watch) = (Phases::default(), Stopwatch(Instant::now()));
+    let mut phases = phases::Phases::default();
     let found = discover::discover(&info)?;
     let engine = engine.prepare(&found.job, stop)?;
     found.check_room(engine.as_ref(), compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
     let writer = write::start(dir, compression)?;
-    phases.discover = watch.lap();
     barrier::prepare(&found.job);
-    phases.barrier = watch.lap();
+    phases.end("discover");
     let started = Instant::now();
-    let mut frozen = freeze::freeze(&info)?;
-    phases.freeze = watch.lap();
+    let mut frozen = freeze::freeze(&info, &mut phases)?;
     frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
     let collected = collect::collect(&mut frozen, &mut warnings)?;
-    phases.collect = watch.lap();
+    phases.end("collect");
     let mut snapshot = snapshot::take(engine, &mut frozen, &collected)?;
-    phases.snapshot = watch.lap();
+    phases.end("snapshot");
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
-    phases.resume = watch.lap();
     let pause = started.elapsed();
+    phases.end("resume");
     let shared_bytes: u64 = collected.sources.iter().filter(|s| s.is_file()).map(Source::bytes).sum();
     let memory_bytes = found.memory_bytes + shared_bytes;
     let mut advance = |n| progress(n, memory_bytes);
     let (summary, account) =
         write::write(writer, collected, snapshot.as_mut(), &Pace::new(io_limit), &mut advance)?;
-    phases.write = watch.lap();
-    Ok(DumpReport { summary, pause, phases, processes, threads, memory_bytes, account, warnings, frozen })
+    phases.end("write");
+    Ok(DumpReport { summary, pause, processes, threads, memory_bytes, account, phases, warnings, frozen })
 }
