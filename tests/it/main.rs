@@ -5,6 +5,7 @@
 mod chains;
 mod clock;
 mod commands;
+mod cow;
 mod engines;
 mod epoll;
 mod eventfd;
