@@ -27,7 +27,10 @@ fn row(job: &LiveJob, now: u64) -> Vec<String> {
     let status = &job.status;
     let record = &status.record;
     let state = match status.exit_status {
-        None => "running".to_owned(),
+        None => match status.missing_memory {
+            None => "running".to_owned(),
+            Some(memory) => format!("fetching memory ({} MiB left)", memory.missing_bytes >> 20),
+        },
         Some(exit) => format!("left behind ({})", exit.shell_code()),
     };
     let tty = match (record.tty, status.attached) {

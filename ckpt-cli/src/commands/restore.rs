@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use anyhow::{Context as _, Result};
 use ckpt_engine::error::RestoreError;
 use ckpt_engine::restore::read::Image;
-use ckpt_engine::restore::{FilePolicy, RestoreOptions, plan};
+use ckpt_engine::restore::{FilePolicy, RestoreOptions, page_keeper, plan};
 use ckpt_image::store::Store;
 use ckpt_job::launch::LaunchEvent;
 use ckpt_job::spec::TimeTarget;
@@ -96,7 +96,11 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         restored_command: image.job.argv.iter().map(|a| String::from_utf8_lossy(a).into_owned()).collect(),
     };
     drop(image);
-    let job = ckpt_job::launch(launch, vec![dir.into()], |event| match event {
+    let mut pass = vec![dir.into()];
+    if args.lazy {
+        pass.push(page_keeper::fork().context("preparing a lazy restore")?);
+    }
+    let job = ckpt_job::launch(launch, pass, |event| match event {
         LaunchEvent::Progress(text) => report.progress(&text),
         LaunchEvent::Warning(text) => report.warning(&text),
     });

@@ -50,6 +50,9 @@ pub enum Kind {
     Resize = 0x0005,
     /// Request: stop being the job's terminal. Answered by [`Kind::Done`].
     Detach = 0x0006,
+    /// Request: tell when nothing of the job depends on the checkpoint any more that it was restored from; until then memory is fetched
+    /// as fast as possible. Answered by [`Kind::Done`], possibly much later.
+    Settle = 0x0007,
     /// Bytes of the terminal, in both directions, in the payload. No answer.
     Data = 0x0010,
 
@@ -64,6 +67,8 @@ pub enum Kind {
     Exited = 0x8003,
     /// Notice: another client is the job's terminal now.
     Detached = 0x8004,
+    /// Notice, to who waits or is attached: why the job is being ended; UTF-8.
+    Notice = 0x8005,
 
     /// Start, to the launching process: a line of progress, UTF-8.
     LaunchProgress = 0x9000,
@@ -79,19 +84,21 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind that this build knows.
-    pub const ALL: [Kind; 17] = [
+    pub const ALL: [Kind; 19] = [
         Kind::Status,
         Kind::Kill,
         Kind::Wait,
         Kind::Attach,
         Kind::Resize,
         Kind::Detach,
+        Kind::Settle,
         Kind::Data,
         Kind::Done,
         Kind::Error,
         Kind::StatusReply,
         Kind::Exited,
         Kind::Detached,
+        Kind::Notice,
         Kind::LaunchProgress,
         Kind::LaunchWarning,
         Kind::LaunchCommitted,
