@@ -99,7 +99,6 @@ while_missing! {
     stack => Guest::new("mem_stack");
     heap => Guest::new("mem_malloc");
     brk => Guest::new("mem_brk");
-    advice => Guest::new("mem_madvise");
     reserve => Guest::new("mem_reserve");
     many_mappings => Guest::new("mem_many_vmas");
     threads => Guest::new("thread_registers");
@@ -249,6 +248,11 @@ fn expect_no_verdict(sandbox: &Sandbox) -> Outcome<()> {
     }
 }
 
+/// What happens to the page server at the first page that is waited for after the guest was told to go.
+fn when_it_goes(what: &str, sandbox: &Sandbox) -> String {
+    format!("{what}:{}", sandbox.work.join("go").display())
+}
+
 fn wait_for_end(job: &Job<'_>, sandbox: &Sandbox) -> Outcome<Finished> {
     let waiter = job.start(&["wait", &job.name], &[])?;
     Talk::with(sandbox).go()?;
@@ -318,7 +322,7 @@ fn a_panic_of_the_page_server_ends_the_job() {
         with_ready_job(&Guest::new("mem_lazy"), sandbox, |job, _| {
             job.dump(&[])?;
             job.kill()?;
-            restore(job, &[("CKPT_TEST_PAGE_SERVER", "panic")], &[])?;
+            expect_lazy(&restore(job, &[("CKPT_TEST_PAGE_SERVER", &when_it_goes("panic", sandbox))], &[])?)?;
             let waited = wait_for_end(job, sandbox)?;
             let log = log_of(sandbox);
             if waited.code != 125 || !log.contains("defect in the job's init") {
@@ -335,7 +339,7 @@ fn killing_the_page_server_ends_the_job() {
         with_ready_job(&Guest::new("mem_lazy"), sandbox, |job, _| {
             job.dump(&[])?;
             job.kill()?;
-            restore(job, &[("CKPT_TEST_PAGE_SERVER", "kill")], &[])?;
+            expect_lazy(&restore(job, &[("CKPT_TEST_PAGE_SERVER", &when_it_goes("kill", sandbox))], &[])?)?;
             let processes = job.processes();
             let waited = wait_for_end(job, sandbox)?;
             if waited.code == 0 || !waited.stderr.contains("killed as a whole") {

@@ -394,11 +394,10 @@ fn commit(channel: &OwnedFd) {
 /// The exit status of a job that init's own defect ends.
 const DEFECT: ExitStatus = ExitStatus::Exited(125);
 
-/// A panic in init ends the job, as the kernel would; but first all processes are killed, so that none runs on while init's
-/// descriptors are closed, and the log and the registry say why.
+/// A panic in init ends the job, as the kernel would; but the log and the registry say why.
 fn end_job_on_panic(log: PathBuf, entry: Option<File>) {
     std::panic::set_hook(Box::new(move |info| {
-        let _ = spawn::send_signal(-1, libc::SIGKILL);
+        kill_all();
         if let Ok(mut log) = open_log(&log) {
             let _ = writeln!(log, "ckpt init: defect in the job's init, which ends the job: {info}");
         }
@@ -409,9 +408,18 @@ fn end_job_on_panic(log: PathBuf, entry: Option<File>) {
     }));
 }
 
+/// SIGKILL to every process of the job, so that none runs on while this init closes its descriptors.
+fn kill_all() {
+    // Of any other process than an init these would be all processes of the user.
+    if nix::unistd::getpid().as_raw() == 1 {
+        let _ = spawn::send_signal(-1, libc::SIGKILL);
+    }
+}
+
 /// A panic in init is told to whoever waits for the start, as stderr leads nowhere.
 fn tell_of_panics(channel: std::sync::Arc<OwnedFd>) {
     std::panic::set_hook(Box::new(move |info| {
+        kill_all();
         let text = format!("defect in the job's init: {info}");
         let _ =
             channel::send(&*channel, Kind::LaunchFailed, StartErrorClass::Failure as i64, text.as_bytes());

@@ -38,13 +38,17 @@ pub fn report() {
 }
 
 /// A page of a lazily restored job is about to be fetched because somebody waits for it: here tests end the page server
-/// (`CKPT_TEST_PAGE_SERVER`: `panic` or `kill`), in a job that runs.
+/// (`CKPT_TEST_PAGE_SERVER`: `panic:PATH` or `kill:PATH`), once the path exists.
 pub fn page_server() {
     #[cfg(feature = "test-hooks")]
-    match std::env::var("CKPT_TEST_PAGE_SERVER").as_deref() {
-        Ok("panic") => panic!("as the test asked for"),
-        Ok("kill") => crate::task::kill_self(),
-        _ => {}
+    if let Ok(value) = std::env::var("CKPT_TEST_PAGE_SERVER")
+        && let Some((what, path)) = value.split_once(':')
+        && std::path::Path::new(path).exists()
+    {
+        match what {
+            "panic" => panic!("as the test asked for"),
+            _ => crate::task::kill_self(),
+        }
     }
 }
 

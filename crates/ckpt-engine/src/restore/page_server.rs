@@ -417,7 +417,9 @@ impl Shared {
                 if self.believed_done.load(Ordering::Acquire) {
                     // A child of what misses nothing misses nothing, so that events unread by now don't matter.
                     if spaces.iter().all(|s| s.lock().missing.stretches.is_empty()) {
-                        return self.finish();
+                        drop((spaces, waiting));
+                        self.finish();
+                        return Ok(());
                     }
                     self.believed_done.store(false, Ordering::Release);
                     let _guard = self.lock_resumed();
@@ -513,9 +515,7 @@ impl Shared {
         let run = self.run_at(space.object, offset)?;
         self.read(run, buf)?;
         let resumed = *self.lock_resumed();
-        if resumed.is_some() {
-            ckpt_sys::hook::page_server();
-        }
+        ckpt_sys::hook::page_server();
         if resumed.is_some_and(|r| r.elapsed() < WORKING_SET_TIME) {
             self.lock_working_set().touched(run.object, run.offset);
         }
@@ -592,14 +592,20 @@ impl Shared {
     }
 
     /// Nothing is missing: lets go of everything.
-    fn finish(&self) -> Result<(), String> {
+    fn finish(&self) {
         self.keep_working_set();
         // The keeper's copies first: memory is watched until the last one is closed, and then by nobody who would serve it. Faults
         // that come meanwhile wait for the close.
         self.keeper.dismiss();
-        self.spaces.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let spaces = std::mem::take(&mut *self.spaces.lock().unwrap_or_else(PoisonError::into_inner));
+        for mut space in spaces {
+            // The filler may be looking at one.
+            while let Err(shared) = Arc::try_unwrap(space) {
+                std::thread::sleep(MOMENT);
+                space = shared;
+            }
+        }
         self.end(Ok(()));
-        Ok(())
     }
 
     fn keep_working_set(&self) {
