@@ -5,6 +5,7 @@
 mod chains;
 mod clock;
 mod commands;
+mod cow;
 mod engines;
 mod epoll;
 mod eventfd;
@@ -12,6 +13,7 @@ mod external;
 mod files;
 mod image_damage;
 mod interrupted;
+mod lazy;
 mod locks;
 mod memory;
 mod pipes;
