@@ -520,6 +520,10 @@ pub struct SquashArgs {
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compression>,
 
+    /// Go through no more than this many bytes of memory a second (K, M, G: times 1024), on average.
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub io_limit: Option<NonZeroU64>,
+
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,
