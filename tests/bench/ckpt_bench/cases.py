@@ -163,6 +163,12 @@ def restores(host, samples, job, said, memory_bytes, pages, big):
             samples.unavailable(name, "this ckpt has no `restore --lazy`")
         return
     ran, answer = job.restore("--lazy")
+    if big and "not lazily" in ran.errors:
+        reason = ran.errors.split("not lazily:")[-1].strip()[:200]
+        for name in ("lazy_first_tick_ms", "lazy_resident_ms", "lazy_touched_ms"):
+            samples.unavailable(name, f"restored as a whole: {reason}")
+        job.kill()
+        return
     samples.add("lazy_first_tick_ms", ran.figures["first_tick_ns"] / 1e6, "ms")
     for phase, taken in (answer.get("phases_ns") or {}).items():
         samples.add(f"restore_phase lazy {phase}", taken / 1e6, "ms")
