@@ -17,7 +17,7 @@ Exit status:
     1    failure (125 in the commands that end with a job's status)
     2    wrong usage
     112  not found: no such job, checkpoint or file
-    113  conflict: a name or file is in use, a file has changed, another dump is going on
+    113  conflict: a name, file or checkpoint is in use, a file has changed, another dump is going on
     114  refused: the job holds something that ckpt does not support; the job goes on
     115  corrupt: the image is damaged, or was made by a newer ckpt
     116  this host cannot: see `ckpt doctor`
@@ -55,6 +55,7 @@ pub enum Command {
     Supervise(SuperviseArgs),
     Attach(AttachArgs),
     Rm(RmArgs),
+    Squash(SquashArgs),
     Check(CheckArgs),
     Doctor(DoctorArgs),
 }
@@ -319,6 +320,14 @@ pub struct RestoreArgs {
     #[arg(long, short)]
     pub detach: bool,
 
+    /// Let the job run at once; its memory comes when it is touched, and the rest in the background.
+    ///
+    /// What the job touched first after the last lazy restore is fetched first. Until all memory has come (see `ckpt ps`) the job depends
+    /// on the checkpoint: if that turns out to be damaged, the job is ended, with a line in its log and status 115.
+    /// Needs CAP_SYS_PTRACE on the host; elsewhere the restore says why and brings all memory back first.
+    #[arg(long)]
+    pub lazy: bool,
+
     /// Give the restored job another name.
     #[arg(long, short, value_name = "NEW")]
     pub name: Option<JobName>,
@@ -479,7 +488,11 @@ pub struct AttachArgs {
 pub struct DetachKey(pub Option<u8>);
 
 /// Remove checkpoints from the store
+///
+/// A checkpoint that incremental ones are built on is not removed unless they are, too; the message names them. `ckpt squash`
+/// makes them independent of it.
 #[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
 pub struct RmArgs {
     /// What to remove: NAME for all checkpoints of a job, NAME@N for a certain one.
     #[arg(value_name = "NAME[@N]", required = true)]
@@ -487,6 +500,29 @@ pub struct RmArgs {
 
     #[command(flatten)]
     pub store: StoreArg,
+}
+
+/// Make an incremental checkpoint a full one, in place
+///
+/// It keeps its number, and those that are built on it stay valid; it needs the ones that it was built on no more, so that they can be
+/// removed. Whatever interrupts this, the checkpoint is there and whole: as it was, or as it is to be. Doing it again is harmless.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct SquashArgs {
+    /// The checkpoint: NAME for the newest of a job, NAME@N for a certain one.
+    #[arg(value_name = "NAME[@N]")]
+    pub checkpoint: String,
+
+    #[command(flatten)]
+    pub store: StoreArg,
+
+    /// How to compress memory. Without it, as the checkpoint is now.
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub compress: Option<Compression>,
+
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Could this job be dumped now?

@@ -85,6 +85,7 @@ fn start(context: &mut InitContext) -> Result<Started, StartError> {
         main_pid,
         main_exited: None,
         details: serde_json::Value::Null,
+        fetching: None,
         release: Box::new(|| Ok(())),
     };
     match payload["do"].as_str().unwrap() {

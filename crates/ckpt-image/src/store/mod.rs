@@ -183,6 +183,15 @@ impl Store {
         if spec.contains('/') || spec == "." || spec == ".." {
             return resolve_path(Path::new(spec));
         }
+        let (job, number) = self.checkpoint(spec)?;
+        Ok(self.job_dir(&job)?.join(number.to_string()))
+    }
+
+    /// Job and number of the checkpoint in this store that `spec` names: `NAME` or `NAME@N`, as for [`Store::resolve`].
+    ///
+    /// # Errors
+    /// As for [`Store::resolve`].
+    pub fn checkpoint(&self, spec: &str) -> Result<(String, u64), StoreError> {
         let (job, wanted) = match spec.split_once('@') {
             None => (spec, None),
             Some((job, digits)) => {
@@ -191,7 +200,6 @@ impl Store {
                 (job, Some(number))
             }
         };
-        let job_dir = self.job_dir(job)?;
         let numbers = self.numbers(job)?;
         let Some(&newest) = numbers.last() else {
             return Err(self.no_such_job(job)?);
@@ -200,7 +208,7 @@ impl Store {
         if !numbers.contains(&number) {
             return Err(StoreError::NoSuchCheckpoint { job: job.to_owned(), number, numbers });
         }
-        Ok(job_dir.join(number.to_string()))
+        Ok((job.to_owned(), number))
     }
 
     /// Removes a complete checkpoint, and sweeps what dead dumps of the job left. It is invisible from the first
@@ -384,6 +392,27 @@ impl Store {
     fn no_such_job(&self, job: &str) -> Result<StoreError, StoreError> {
         Ok(StoreError::NoSuchJob { job: job.to_owned(), root: self.root.clone(), jobs: self.jobs()? })
     }
+}
+
+/// The checkpoints that `entry` is built on, nearest first, as far as they are in `entries` (those of its job); its chain
+/// has one image more. `None` if one of them is missing or another one is in its place.
+pub fn built_on<'a>(
+    entry: &CheckpointEntry,
+    entries: &'a [CheckpointEntry],
+) -> Option<Vec<&'a CheckpointEntry>> {
+    let mut found: Vec<&CheckpointEntry> = Vec::new();
+    let mut next = entry.parent;
+    while let Some(parent) = next {
+        let is =
+            |e: &&CheckpointEntry| e.job == entry.job && e.number == parent.number && e.id == Some(parent.id);
+        let below = entries.iter().find(is)?;
+        if found.len() > crate::format::MAX_CHAIN_IMAGES {
+            return None;
+        }
+        found.push(below);
+        next = below.parent;
+    }
+    Some(found)
 }
 
 /// True for names that a job may have: 1 to 64 of `[A-Za-z0-9._-]`, not beginning with a dot.

@@ -22,10 +22,14 @@ struct Sample {
 }
 
 fn sample(root: &Path, random: &mut Random, links: usize) -> Sample {
+    sample_of(root, random, links, 60)
+}
+
+fn sample_of(root: &Path, random: &mut Random, links: usize, size: u64) -> Sample {
     let store = Store::open(root).unwrap();
     let job = root.join(JOB);
     fs::create_dir(&job).unwrap();
-    let mut chain = Chain::new(&job, random, Compression::None);
+    let mut chain = Chain::new(&job, random, Compression::None, size);
     let mut contents = vec![(chain.newest, chain.pages.clone())];
     for _ in 0..links {
         let packing = [Compression::None, Compression::Lz4][random.below(2)];
@@ -137,7 +141,7 @@ fn a_squashed_checkpoint_is_the_same_checkpoint() {
 fn a_chain_equals_a_full_checkpoint() {
     let mut random = Random(seed("a_chain_equals_a_full_checkpoint"));
     let scratch = Scratch::new("equal");
-    let sample = sample(&scratch.dir("store"), &mut random, 6);
+    let sample = sample_of(&scratch.dir("store"), &mut random, 6, 1200);
     let (newest, pages) = sample.contents.last().unwrap();
     let full = scratch.dir("full");
     let mut writer = Writer::create(&full, sample_features(), Compression::None).unwrap();
@@ -190,7 +194,7 @@ fn squash_killed_at_every_step() {
     let mut random = Random(seed("squash_killed_at_every_step"));
     for without_exchange in [false, true] {
         let scratch = Scratch::new("kill");
-        let original = sample(&scratch.dir("original"), &mut random, 3);
+        let original = sample_of(&scratch.dir("original"), &mut random, 3, 20);
         let numbers = original.numbers();
         let number = numbers[2];
         fs::write(original.dir(number).join("cuts"), "a line\n").unwrap();
