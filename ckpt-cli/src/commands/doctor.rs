@@ -87,7 +87,13 @@ pub fn run(args: &DoctorArgs, report: &Report) -> Result<ExitCode> {
     };
     let mut findings = vec![kernel_finding()];
     findings.extend(namespace_findings(&probe));
-    findings.extend([tracing_finding(), userfaultfd_finding(), module_finding(), engine_finding(), interceptor_finding()]);
+    findings.extend([
+        tracing_finding(),
+        userfaultfd_finding(),
+        module_finding(),
+        engine_finding(),
+        interceptor_finding(),
+    ]);
     findings.push(store_finding(&store_directory(&args.store)?));
     let diagnosis = Diagnosis { level, kernel: kernel_release(), findings };
     if args.json {
