@@ -320,6 +320,14 @@ pub struct RestoreArgs {
     #[arg(long, short)]
     pub detach: bool,
 
+    /// Let the job run at once; its memory comes when it is touched, and the rest in the background.
+    ///
+    /// What the job touched first after the last lazy restore is fetched first. Until all memory has come (see `ckpt ps`) the job depends
+    /// on the checkpoint: if that turns out to be damaged, the job is ended, with a line in its log and status 115.
+    /// Needs CAP_SYS_PTRACE on the host; elsewhere the restore says why and brings all memory back first.
+    #[arg(long)]
+    pub lazy: bool,
+
     /// Give the restored job another name.
     #[arg(long, short, value_name = "NEW")]
     pub name: Option<JobName>,

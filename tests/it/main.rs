@@ -13,6 +13,7 @@ mod external;
 mod files;
 mod image_damage;
 mod interrupted;
+mod lazy;
 mod locks;
 mod memory;
 mod pipes;

@@ -40,6 +40,11 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let name = &args.name;
     let job = ckpt_job::status(name)?;
     let _lock = ckpt_job::lock_for_dump(name)?;
+    if job.status.missing_memory.is_some() {
+        report.progress(&format!("{name}: waiting for memory that is still in the checkpoint it came from"));
+        ckpt_job::settle(name)?;
+        report.clear();
+    }
     let info = job_info::of(&job);
     // What may be unsupported is named before a directory is made for it.
     ckpt_engine::dump::check(&info)?;

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use ckpt_engine::error::RestoreError;
 use ckpt_engine::restore::read::Image;
-use ckpt_engine::restore::{FilePolicy, RestoreOptions, plan};
+use ckpt_engine::restore::{FilePolicy, RestoreOptions, page_keeper, plan};
 use ckpt_image::store::Store;
 use ckpt_job::launch::LaunchEvent;
 use ckpt_job::policy::Supervised;
@@ -56,6 +56,8 @@ pub struct Request<'a> {
     pub files: Option<FilesPolicy>,
     /// Paths whose change is accepted.
     pub allow_changed: &'a [PathBuf],
+    /// It runs at once, and its memory comes when it is touched.
+    pub lazy: bool,
     /// Nobody stays with the job.
     pub detach: bool,
     /// What a supervisor is to do.
@@ -90,6 +92,7 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         store,
         files: args.files,
         allow_changed: &args.allow_changed,
+        lazy: args.lazy,
         detach: args.detach,
         supervised,
         by_supervisor,
@@ -123,7 +126,8 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
 /// # Errors
 /// Then nothing is left of it.
 pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
-    let Request { path, name, store, files, allow_changed, detach, supervised, by_supervisor } = request;
+    let Request { path, name, store, files, allow_changed, lazy, detach, supervised, by_supervisor } =
+        request;
     let image = Image::open(&path)?;
     let name = match name {
         Some(name) => name,
@@ -175,7 +179,11 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
     };
     let command = image.job.argv.iter().map(|word| OsString::from_vec(word.clone())).collect();
     drop(image);
-    let job = ckpt_job::launch(launch, vec![dir.into()], |event| match event {
+    let mut pass = vec![dir.into()];
+    if lazy {
+        pass.push(page_keeper::fork().context("preparing a lazy restore")?);
+    }
+    let job = ckpt_job::launch(launch, pass, |event| match event {
         LaunchEvent::Progress(text) => report.progress(&text),
         LaunchEvent::Warning(text) => report.warning(&text),
     });

@@ -120,6 +120,7 @@ fn resume(
             store: store.to_owned(),
             files: args.files,
             allow_changed: &[],
+            lazy: false,
             detach: args.detach,
             supervised: supervised.clone(),
             by_supervisor: false,

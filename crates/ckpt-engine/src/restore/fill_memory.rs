@@ -7,6 +7,8 @@
 //! What userfaultfd can't fill (private mappings of files) is written as well.
 
 use super::build_tree::Build;
+use super::page_keeper::Keeper;
+use super::page_server;
 use crate::error::RestoreError;
 use crate::kind::Kind;
 use crate::resource::decode;
@@ -100,7 +102,7 @@ enum Target<'a> {
     File(&'a std::fs::File, u64),
 }
 
-/// Fills everything.
+/// Fills everything; or leaves anonymous memory to the page server, which runs when this returns, if that was asked for and can be.
 ///
 /// # Errors
 /// Damage in the image, or memory that can't be written.
@@ -112,12 +114,22 @@ pub fn fill(build: &mut Build<'_>) -> Result<(), RestoreError> {
             records.push((r.owner as i32, m));
         }
     }
+    let mut prepared = None;
+    if build.request.keeper.is_some() {
+        match page_server::prepare(build, &records)? {
+            Ok(p) => prepared = Some(p),
+            Err(why) => build.eager_because = Some(why),
+        }
+    }
     let huge_pages = HugePages::of_host();
     let mut spaces = Vec::new();
     for (pid, m) in &records {
         let extents = stored(build.image.reader.runs(m.object));
         let mut space = Space { pid: *pid, userfault: None, stretches: Vec::new() };
-        if !extents.is_empty() {
+        if let Some(prepared) = &prepared {
+            let left = prepared.left(*pid);
+            space.stretches = left.into_iter().map(|(start, end)| (start, end, Way::Leave)).collect();
+        } else if !extents.is_empty() {
             // Without it everything is written.
             space.userfault = userfault_of(build, *pid, userfault::USER_MODE_ONLY, 0)?.ok();
         }
@@ -152,7 +164,13 @@ pub fn fill(build: &mut Build<'_>) -> Result<(), RestoreError> {
     for (object, file, bytes) in &objects {
         items.extend(reader.runs(*object).iter().map(|run| (run, Target::File(file, *bytes))));
     }
-    in_parallel(reader, &items)
+    in_parallel(reader, &items)?;
+    drop(spaces);
+    if let (Some(prepared), Some(keeper)) = (prepared, &build.request.keeper) {
+        let keeper = keeper.try_clone().map_err(RestoreError::io(1, "the keeper's socket"))?;
+        build.page_server = Some(prepared.start(build, Keeper::new(keeper))?);
+    }
+    Ok(())
 }
 
 /// Writes the runs of an object into a file, not beyond its length.

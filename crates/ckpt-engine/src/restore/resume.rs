@@ -52,6 +52,8 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
         main_status: build.image.job.main_status,
         warnings: std::mem::take(&mut build.warnings),
         phases_ns: Vec::new(),
+        page_server: build.page_server.take(),
+        eager_because: build.eager_because.take(),
         ready: Ready { tasks, cuts: Cuts::of(&build)? },
     })
 }
