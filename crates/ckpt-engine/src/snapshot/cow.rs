@@ -15,11 +15,10 @@ use crate::error::DumpError;
 use crate::model::Job;
 use crate::model::process::Process;
 use crate::resource::Collected;
-use crate::resource::process::is_filtered;
+use ckpt_sys::Errno;
 use ckpt_sys::frozen_copy::{CopyProcess, Fork, Forked};
 use ckpt_sys::inject::{InjectError, Live};
 use ckpt_sys::memory::Forced;
-use ckpt_sys::{Errno, arch};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -57,9 +56,7 @@ impl Engine for Cow {
         }
         let mut page_tables: BTreeMap<PathBuf, u64> = BTreeMap::new();
         for p in job.live() {
-            if is_filtered(p) {
-                obstacles.insert(p.pid, "it runs under a seccomp filter".into());
-            } else if let Some(room) = Limits::of(p.host).room() {
+            if let Some(room) = Limits::of(p.host).room() {
                 let needed = page_tables.entry(room.group.clone()).or_default();
                 *needed += fork_bytes(p);
                 if let Some(why) = too_tight(&room, *needed) {
@@ -164,13 +161,8 @@ fn fork_all(
     let job = &*job;
     let mut pending = Vec::new();
     for p in job.live() {
-        let leader = p.threads.first().and_then(|t| t.frozen.as_ref());
-        let compat = leader.is_none_or(|f| arch::is_compat(&f.registers));
-        let why = match obstacles.get(&p.pid) {
-            Some(why) => Some(why.clone()),
-            None if compat => Some("its main thread runs 32-bit code".into()),
-            None => seen_by(p, job, &collected.subreapers),
-        };
+        let obstacle = obstacles.get(&p.pid).cloned();
+        let why = obstacle.or_else(|| seen_by(p, job, &collected.subreapers));
         if let Some(why) = why {
             reasons.processes.insert(p.pid, why);
             continue;
@@ -323,7 +315,7 @@ impl Copies {
         let Some(copy) = self.copies.get(&pid) else { return Err(DumpError::CopyLost { pid }) };
         let reader = match &mut self.reader {
             Some((of, reader)) if *of == pid => reader,
-            other => &mut other.insert((pid, pages::Reader::of_copy(copy.pid(), pid)?)).1,
+            other => &mut other.insert((pid, pages::Reader::open(copy.pid(), pid)?)).1,
         };
         ranges.iter().try_for_each(|r| reader.read_range(r, PIECE_BYTES, sink))
     }
