@@ -282,6 +282,8 @@ pub struct DumpArgs {
 pub enum EngineChoice {
     /// The one that keeps the job still for the shortest time.
     Auto,
+    /// Have the kernel module keep the memory of each process (/dev/ckpt); what it refuses is forked or copied.
+    Kmod,
     /// Fork each process and read the copy while the job goes on; what cannot be kept that way is copied.
     Cow,
     /// Copy everything into ckpt's own memory while the job stands still.

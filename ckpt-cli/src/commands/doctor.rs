@@ -223,21 +223,27 @@ fn userfaultfd_finding() -> Finding {
 }
 
 fn module_finding() -> Finding {
-    match fs::File::open("/dev/ckpt") {
-        Ok(_) => Finding::good("kernel module", "/dev/ckpt is there; this ckpt works without it"),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Finding::good("kernel module", "not loaded; everything works without it")
+    match ckpt_engine::snapshot::kmod::host_obstacle() {
+        None => Finding::good("kernel module", "/dev/ckpt keeps memory for `ckpt dump`"),
+        Some(why) if !std::path::Path::new("/dev/ckpt").exists() => {
+            Finding::good("kernel module", format!("{why}; everything works without it"))
         }
-        Err(error) => Finding::lacking(
+        Some(why) => Finding::lacking(
             "kernel module",
-            format!("/dev/ckpt: {error}; everything works without it"),
-            vec!["let this user read and write /dev/ckpt".to_owned()],
+            format!("{why}; everything works without it"),
+            vec!["add this user to the group ckpt, or load the module that belongs to this ckpt".to_owned()],
         ),
     }
 }
 
 /// How memory is kept while it is written.
 fn engine_finding() -> Finding {
+    if ckpt_engine::snapshot::kmod::host_obstacle().is_none() {
+        return Finding::good(
+            "snapshot engine",
+            "kmod: a job goes on while its memory is written; what the module refuses is forked or copied",
+        );
+    }
     match ckpt_engine::snapshot::cow::host_obstacle() {
         None => Finding::good(
             "snapshot engine",

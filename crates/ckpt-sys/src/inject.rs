@@ -170,6 +170,11 @@ impl Live {
         Ok(live)
     }
 
+    /// What the last call would undo was not done. (A task left to finish by itself still makes it.)
+    pub fn nothing_to_undo(&mut self) {
+        self.last = NO_CALL;
+    }
+
     /// The task.
     pub fn pid(&self) -> Pid {
         self.pid
