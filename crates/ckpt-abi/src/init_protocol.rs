@@ -50,9 +50,12 @@ pub enum Kind {
     Resize = 0x0005,
     /// Request: stop being the job's terminal. Answered by [`Kind::Done`].
     Detach = 0x0006,
+    /// Request: tell me of every signal that is to make a dump ([`Kind::DumpSignal`]), also of those that came before
+    /// anybody asked. Answered by [`Kind::Done`]. The latest who asks is told.
+    Supervise = 0x0007,
     /// Request: tell when nothing of the job depends on the checkpoint any more that it was restored from; until then memory is fetched
     /// as fast as possible. Answered by [`Kind::Done`], possibly much later.
-    Settle = 0x0007,
+    Settle = 0x0008,
     /// Bytes of the terminal, in both directions, in the payload. No answer.
     Data = 0x0010,
 
@@ -67,8 +70,10 @@ pub enum Kind {
     Exited = 0x8003,
     /// Notice: another client is the job's terminal now.
     Detached = 0x8004,
+    /// Notice to whoever supervises: signal `arg` was sent to the job and did not reach it, as it is to make a dump.
+    DumpSignal = 0x8005,
     /// Notice, to who waits or is attached: why the job is being ended; UTF-8.
-    Notice = 0x8005,
+    Notice = 0x8006,
 
     /// Start, to the launching process: a line of progress, UTF-8.
     LaunchProgress = 0x9000,
@@ -84,13 +89,14 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind that this build knows.
-    pub const ALL: [Kind; 19] = [
+    pub const ALL: [Kind; 21] = [
         Kind::Status,
         Kind::Kill,
         Kind::Wait,
         Kind::Attach,
         Kind::Resize,
         Kind::Detach,
+        Kind::Supervise,
         Kind::Settle,
         Kind::Data,
         Kind::Done,
@@ -98,6 +104,7 @@ impl Kind {
         Kind::StatusReply,
         Kind::Exited,
         Kind::Detached,
+        Kind::DumpSignal,
         Kind::Notice,
         Kind::LaunchProgress,
         Kind::LaunchWarning,

@@ -327,7 +327,10 @@ fn prepare(handed: HandedRest, channel: &std::sync::Arc<OwnedFd>) -> Result<Prep
 }
 
 /// Opens a job's log for appending; makes its directory if needed.
-pub(crate) fn open_log(path: &Path) -> Result<File, StartError> {
+///
+/// # Errors
+/// As mkdir(2) and open(2).
+pub fn open_log(path: &Path) -> Result<File, StartError> {
     let open = || {
         if let Some(parent) = path.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
@@ -366,6 +369,7 @@ fn record(context: &InitContext, main_pid: i32, started: u64) -> JobRecord {
         user_namespace: context.user_namespace,
         fresh_proc: context.fresh_proc,
         external: context.external.iter().map(|external| external.record.clone()).collect(),
+        mergeable: spec.mergeable,
         terminal: context.pty.as_ref().map(|pty| pty.slave_path.clone()),
     }
 }

@@ -72,6 +72,8 @@ struct Client {
     /// Is to be told when the job needs its checkpoint no more.
     waits_to_settle: bool,
     attached: bool,
+    /// Is told of signals that are to make a dump.
+    supervises: bool,
     /// Answer what is queued, then close.
     closing: bool,
     gone: bool,
@@ -86,6 +88,7 @@ impl Client {
             waits_for: None,
             waits_to_settle: false,
             attached: false,
+            supervises: false,
             closing: false,
             gone: false,
         }
@@ -133,6 +136,10 @@ struct Supervisor {
     pty_closed: bool,
     input: VecDeque<u8>,
     log: Option<File>,
+    /// Signals that are to make a dump; they came before anybody asked for them.
+    untold: Vec<u8>,
+    /// Somebody has asked for them.
+    was_supervised: bool,
     fetching: Option<Box<dyn Fetching>>,
     /// The job is being ended because its memory can't be fetched: the status that stands for that.
     failed: Option<ExitStatus>,
@@ -170,6 +177,8 @@ pub(crate) fn run(resources: Resources) -> ! {
         pty_closed: false,
         input: VecDeque::new(),
         log: None,
+        untold: Vec::new(),
+        was_supervised: false,
         fetching,
         failed: None,
     };
@@ -378,10 +387,48 @@ impl Supervisor {
                 [libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
             // Who finds init in the host's process list and signals it means the job. From inside, pid 1 is immune, as
             // every init is.
-            if from_outside && forwarded.contains(&signal) {
+            if from_outside && self.makes_dump(signal) {
+                if let Err(error) = self.tell_supervisor(signal) {
+                    self.note(&format!("ckpt init: signal {signal}: {error}"));
+                }
+            } else if from_outside && forwarded.contains(&signal) {
                 let _ = self.kill(signal, KillScope::Job);
             }
         }
+    }
+
+    fn makes_dump(&self, signal: i32) -> bool {
+        let job = self.spec.supervised.as_ref();
+        job.is_some_and(|job| job.policy.dump_on.iter().any(|dump| i32::from(dump.signal) == signal))
+    }
+
+    /// Hands a signal that is to make a dump to the supervisor, or keeps it until there is one.
+    fn tell_supervisor(&mut self, signal: i32) -> io::Result<()> {
+        match self.clients.iter_mut().find(|client| client.supervises && !client.gone) {
+            Some(client) => client.push(Kind::DumpSignal, i64::from(signal), b""),
+            None if self.was_supervised => {
+                let name = &self.record.name;
+                let text = format!(
+                    "the signal is to make a dump, and the job has lost its supervisor; start another with: ckpt supervise {name}"
+                );
+                return Err(io::Error::other(text));
+            }
+            None => self.untold.extend(u8::try_from(signal).ok().filter(|new| !self.untold.contains(new))),
+        }
+        Ok(())
+    }
+
+    /// A signal that a client asks for.
+    fn kill_for(&mut self, index: usize, signal: i32, scope: KillScope) -> io::Result<()> {
+        const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGKILL];
+        if self.makes_dump(signal) {
+            return self.tell_supervisor(signal);
+        }
+        if ENDING.contains(&signal) && !self.clients[index].supervises {
+            // The supervisor is to take the end that may follow for what it is.
+            write_entry_file(&entry_path(&self.entry), "end-requested", b"")?;
+        }
+        self.kill(signal, scope)
     }
 
     fn kill(&self, signal: i32, scope: KillScope) -> io::Result<()> {
@@ -477,7 +524,7 @@ impl Supervisor {
             }
             Some(Kind::Kill) => {
                 let result = match parse_kill_arg(message.arg) {
-                    Some((signal, scope)) => self.kill(i32::from(signal), scope),
+                    Some((signal, scope)) => self.kill_for(index, i32::from(signal), scope),
                     None => Err(io::Error::from_raw_os_error(libc::EINVAL)),
                 };
                 self.reply(index, result);
@@ -486,6 +533,17 @@ impl Supervisor {
                 let whole_job = message.arg == 1;
                 self.clients[index].waits_for =
                     Some(if whole_job { WaitsFor::WholeJob } else { WaitsFor::MainProcess });
+            }
+            Some(Kind::Supervise) => {
+                for client in &mut self.clients {
+                    client.supervises = false;
+                }
+                self.clients[index].supervises = true;
+                self.was_supervised = true;
+                self.clients[index].push(Kind::Done, 0, b"");
+                for signal in std::mem::take(&mut self.untold) {
+                    self.clients[index].push(Kind::DumpSignal, i64::from(signal), b"");
+                }
             }
             Some(Kind::Settle) => match &self.fetching {
                 Some(fetching) => {

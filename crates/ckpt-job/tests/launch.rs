@@ -69,7 +69,10 @@ fn spec(scratch: &Path, test: &str) -> LaunchSpec {
         time: None,
         log: scratch.join("log"),
         restored_from: Some("a checkpoint".to_owned()),
+        mergeable: false,
         restored_command: Vec::new(),
+        supervised: None,
+        by_supervisor: false,
     }
 }
 
@@ -155,7 +158,7 @@ fn names_clocks_and_descriptors_reach_the_job(spec: &LaunchSpec) {
     read.read_to_string(&mut report).unwrap();
     assert_eq!(report, "elsewhere a.domain 700 800 1");
     assert_ne!(nix::unistd::gethostname().unwrap(), OsStr::new("elsewhere"));
-    let end = ckpt_job::foreground(job).unwrap();
+    let end = ckpt_job::foreground(job, || {}).unwrap();
     assert_eq!(end, AttachmentEnd::Exited(WaitOutcome { status: ExitStatus::Exited(3), job_ended: true }));
 }
 
@@ -187,7 +190,7 @@ fn a_panic_in_init_is_told(spec: &LaunchSpec) {
 
 fn a_main_process_that_ended_before(spec: &LaunchSpec) {
     let job = launch(spec.clone(), Vec::new(), |_| ()).unwrap();
-    match ckpt_job::foreground(job).unwrap() {
+    match ckpt_job::foreground(job, || {}).unwrap() {
         AttachmentEnd::Exited(outcome) => assert_eq!(outcome.status, ExitStatus::Signalled(15)),
         other => panic!("{other:?}"),
     }
