@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `ckpt restore --copies`: several jobs of one checkpoint, all or none.
 //!
-//! Each copy is restored by a `ckpt restore` of its own, whose stdin is a *gate*: a socket on which the copy's init says that all is
-//! rebuilt ([`READY`]), and then waits to be told to commit ([`GO`]). If this process ends before, the gates close, and no copy runs.
+//! Each copy is restored by a `ckpt restore` of its own. The stdin of all of them is the *gate*: a socket on which each copy's init
+//! says that all is rebuilt ([`READY`]), and then waits to be told to commit ([`GO`]). All are told by one write. If this process
+//! ends before that, the gate closes, and no copy runs.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
@@ -16,6 +17,9 @@ use ckpt_engine::restore::plan;
 use ckpt_engine::restore::read::Image;
 use ckpt_image::store::Store;
 use ckpt_job::{JobName, Registry, RegistryError};
+use ckpt_sys::task::pidfd_open;
+use ckpt_sys::{Errno, Pid};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use crate::args::{FilesPolicy, RestoreArgs};
@@ -41,7 +45,6 @@ struct Outcome {
 
 struct Copy {
     name: JobName,
-    gate: File,
     child: Child,
     errors: File,
 }
@@ -69,26 +72,32 @@ pub fn run(args: &RestoreArgs, number: u32, report: &Report) -> Result<ExitCode>
     }
     let not_shared_because = why_not_shared(&image)?;
     drop(image);
+    let (gate, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(io::Error::from)
+        .context("making a gate")?;
+    let mut gate = File::from(gate);
     let mut copies = Vec::new();
     for name in names {
-        match start(args, name, not_shared_because.is_none()) {
+        match start(args, name, not_shared_because.is_none(), &theirs) {
             Ok(copy) => copies.push(copy),
             Err(error) => {
+                drop(gate);
                 end(copies);
                 return Err(error);
             }
         }
     }
-    for at in 0..copies.len() {
-        report.progress(&format!("{}: {at} of {number} are rebuilt", prefix));
-        let mut byte = [0];
-        if !matches!(copies[at].gate.read(&mut byte), Ok(1)) || byte[0] != READY {
-            return Err(give_up(copies, at));
-        }
+    drop(theirs);
+    if let Err(failed) = wait_until_ready(&mut gate, &copies, &prefix, report) {
+        drop(gate);
+        return Err(give_up(copies, failed));
     }
-    for copy in &mut copies {
-        // One that is gone is found below.
-        let _ = copy.gate.write_all(&[GO]);
+    // At once: a pipe or socket takes so few bytes whole.
+    let told = gate.write_all(&vec![GO; copies.len()]);
+    drop(gate);
+    if let Err(error) = told {
+        end(copies);
+        return Err(error).context("telling the copies to run");
     }
     let mut said = Vec::new();
     for at in 0..copies.len() {
@@ -121,6 +130,36 @@ pub fn run(args: &RestoreArgs, number: u32, report: &Report) -> Result<ExitCode>
     Ok(ExitCode::SUCCESS)
 }
 
+/// Waits until all copies are rebuilt; or tells which one has ended before.
+fn wait_until_ready(gate: &mut File, copies: &[Copy], prefix: &str, report: &Report) -> Result<(), usize> {
+    let mut ready = 0;
+    // A pidfd is readable when its process has ended; without one the end would not be noticed.
+    let ends: Vec<OwnedFd> = copies
+        .iter()
+        .enumerate()
+        .map(|(at, copy)| pidfd_open(Pid::from_raw(copy.child.id() as i32)).map_err(|_| at))
+        .collect::<Result<_, _>>()?;
+    while ready < copies.len() {
+        report.progress(&format!("{prefix}: {ready} of {} copies are rebuilt", copies.len()));
+        let mut polled = vec![PollFd::new(gate.as_fd(), PollFlags::POLLIN)];
+        polled.extend(ends.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+        if !matches!(poll(&mut polled, PollTimeout::NONE), Ok(_) | Err(Errno::EINTR)) {
+            return Err(0);
+        }
+        let happened: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+        drop(polled);
+        if let Some(at) = happened[1..].iter().position(|ended| *ended) {
+            return Err(at);
+        }
+        if happened[0] {
+            let mut bytes = [0; 64];
+            let n = gate.read(&mut bytes).map_err(|_| 0usize)?;
+            ready += bytes[..n].iter().filter(|byte| **byte == READY).count();
+        }
+    }
+    Ok(())
+}
+
 fn why_not_shared(image: &Image) -> Result<Option<String>> {
     if plan::is_mergeable_by_itself(image)? {
         return Ok(Some("the application asks for merging of its own accord (MADV_MERGEABLE)".to_owned()));
@@ -132,10 +171,7 @@ fn why_not_shared(image: &Image) -> Result<Option<String>> {
     })
 }
 
-fn start(args: &RestoreArgs, name: JobName, mergeable: bool) -> Result<Copy> {
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
-        .map_err(io::Error::from)
-        .context("making a gate")?;
+fn start(args: &RestoreArgs, name: JobName, mergeable: bool, gate: &OwnedFd) -> Result<Copy> {
     let memfd = nix::sys::memfd::memfd_create(c"ckpt-copy", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
         .map_err(io::Error::from)
         .context("making a place for messages")?;
@@ -162,12 +198,12 @@ fn start(args: &RestoreArgs, name: JobName, mergeable: bool) -> Result<Copy> {
     let child = command
         .arg("--")
         .arg(&args.checkpoint)
-        .stdin(Stdio::from(theirs))
+        .stdin(Stdio::from(gate.try_clone().context("handing on the gate")?))
         .stdout(Stdio::piped())
         .stderr(Stdio::from(errors.try_clone().context("keeping messages")?))
         .spawn()
         .with_context(|| format!("starting copy {name}"))?;
-    Ok(Copy { name, gate: File::from(ours), child, errors })
+    Ok(Copy { name, child, errors })
 }
 
 fn what_it_said(copy: &mut Copy) -> String {
@@ -190,7 +226,7 @@ fn give_up(mut copies: Vec<Copy>, failed: usize) -> anyhow::Error {
     CopyFailed { message, code: code.and_then(|code| u8::try_from(code).ok()) }.into()
 }
 
-/// Ends copies: those that have not been told to go see their gates closed, the others are killed.
+/// Ends copies: those that have not been told to go see the gate closed, the others are killed.
 fn end(copies: Vec<Copy>) {
     let mut children: Vec<(JobName, Child)> =
         copies.into_iter().map(|copy| (copy.name, copy.child)).collect();
