@@ -39,7 +39,8 @@
  * @base: the new base
  * @spare: a zeroed table that was not needed
  * @folio: the large folio of which a page was taken last
- * @folio_refs: references to it that this walk has taken without a pause
+ * @folio_refs: references to it that this walk has taken since it took others;
+ *	with one of them, it stays what it is
  */
 struct ckpt_walk {
 	struct ckpt_snapshot *snap;
@@ -121,12 +122,6 @@ static void ckpt_take_page(struct ckpt_walk *walk, struct page *page)
 		walk->folio_refs = 0;
 	}
 	walk->folio_refs++;
-}
-
-/* Forgets the folio: without a lock it may be another one next time. */
-static void ckpt_forget_folio(struct ckpt_walk *walk)
-{
-	walk->folio = NULL;
 }
 
 /*
@@ -324,7 +319,6 @@ static int ckpt_walk_pmd(struct ckpt_walk *walk, struct vm_area_struct *vma, pud
 		xa_release(&snap->entries, index);
 		return -EAGAIN;
 	}
-	ckpt_forget_folio(walk);
 	spin_unlock(ptl);
 	if (!entry) {
 		xa_release(&snap->entries, index);
@@ -383,7 +377,6 @@ static int ckpt_walk_table(struct ckpt_walk *walk, struct vm_area_struct *vma, p
 		taken += ckpt_count(snap, entry, 1);
 		used = true;
 	}
-	ckpt_forget_folio(walk);
 	spin_unlock(ptl);
 	if (is_new && !used) {
 		xa_erase(&snap->entries, index);

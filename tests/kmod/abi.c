@@ -382,13 +382,13 @@ TEST(getruns_rejects)
 		REJECTS(kinds, 1U << bit);
 	REJECTS(va, good.va + 1);
 	REJECTS(va, good.va + PAGE / 2);
-	REJECTS(va, 1UL << 47);
+	REJECTS(va, 1UL << 57);
 	REJECTS(va, -PAGE);
 	REJECTS(va, 0xffff800000000000);
 	REJECTS(npages, 0);
 	REJECTS(npages, 1UL << 52);
 	REJECTS(npages, UINT64_MAX);
-	REJECTS(npages, (1UL << 47) / PAGE);
+	REJECTS(npages, (1UL << 57) / PAGE);
 	REJECTS(nruns, 0);
 	// The array: only where there is something to write.
 	close(snapshot);
@@ -469,7 +469,9 @@ TEST(reading_rejects)
 	CHECK_ERRNO(pread(snapshot, buffer, PAGE, -1), EINVAL);
 	CHECK_ERRNO(pread(snapshot, buffer, PAGE, 0), ENXIO);
 	CHECK_ERRNO(pread(snapshot, buffer, PAGE, 1L << 47), ENXIO);
-	CHECK_ERRNO(pread(snapshot, buffer, PAGE, INT64_MAX), ENXIO);
+	CHECK_ERRNO(pread(snapshot, buffer, PAGE, 1L << 57), ENXIO);
+	CHECK_ERRNO(pread(snapshot, buffer, PAGE, INT64_MAX), EINVAL);
+	CHECK_ERRNO(pread(snapshot, buffer, PAGE, INT64_MAX - 2 * (off_t)PAGE), ENXIO);
 	CHECK_ERRNO(pread(snapshot, buffer, PAGE, (off_t)memory + 2 * (off_t)PAGE), ENXIO);
 	CHECK_ERRNO(syscall(SYS_pread64, snapshot, 8, PAGE, memory), EFAULT);
 	CHECK_EQ(pread(snapshot, buffer, 0, (off_t)memory), 0);
@@ -487,7 +489,7 @@ TEST(reading_rejects)
 	CHECK_EQ(lseek(snapshot, 0, SEEK_CUR), (off_t)memory + 10);
 	CHECK_ERRNO(lseek(snapshot, -1, SEEK_SET), EINVAL);
 	CHECK_ERRNO(write(snapshot, buffer, 1), EBADF);
-	CHECK_ERRNO(pwrite(snapshot, buffer, 1, (off_t)memory), EBADF);
+	CHECK_ERRNO(pwrite(snapshot, buffer, 1, (off_t)memory), ESPIPE);
 	CHECK(mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE, snapshot, (off_t)memory) == MAP_FAILED);
 	CHECK_EQ(errno, ENODEV);
 	// splice does the same.
@@ -495,7 +497,7 @@ TEST(reading_rejects)
 	CHECK_ERRNO(splice(snapshot, &offset, pipes[1], NULL, PAGE, SPLICE_F_NONBLOCK), ENXIO);
 	offset = -1;
 	CHECK_ERRNO(splice(snapshot, &offset, pipes[1], NULL, PAGE, SPLICE_F_NONBLOCK), EINVAL);
-	offset = 1L << 47;
+	offset = 1L << 57;
 	CHECK_ERRNO(splice(snapshot, &offset, pipes[1], NULL, PAGE, SPLICE_F_NONBLOCK), ENXIO);
 	offset = (off_t)memory + 100;
 	CHECK_EQ(splice(snapshot, &offset, pipes[1], NULL, 3 * PAGE, SPLICE_F_NONBLOCK), 2 * PAGE - 100);

@@ -373,6 +373,7 @@ int main(int argc, char **argv)
 	}
 	printf("seed %llu\n", (unsigned long long)seed);
 	for (struct test *test = first_test; test; test = test->next) {
+		struct timespec start, end;
 		pid_t pid;
 		int status;
 
@@ -380,6 +381,7 @@ int main(int argc, char **argv)
 			continue;
 		known++;
 		fflush(stdout);
+		clock_gettime(CLOCK_MONOTONIC, &start);
 		pid = fork();
 		if (pid == 0) {
 			// Its own group, of which nothing stays behind.
@@ -394,7 +396,9 @@ int main(int argc, char **argv)
 		kill(-pid, SIGKILL);
 		if (status == 0) {
 			passed++;
-			printf("test %s ... ok\n", test->name);
+			clock_gettime(CLOCK_MONOTONIC, &end);
+			printf("test %s ... ok (%.1f s)\n", test->name,
+			       (double)(end.tv_sec - start.tv_sec) + (double)(end.tv_nsec - start.tv_nsec) / 1e9);
 		} else if (status == EXIT_SKIPPED) {
 			skipped++;
 		} else {

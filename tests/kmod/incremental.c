@@ -289,6 +289,24 @@ struct model {
 	int mem;
 };
 
+// New memory at a place where there may be none.
+static void model_map(char *at, size_t bytes)
+{
+	CHECK(mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at);
+}
+
+// Moves pages and leaves new memory behind. What is made of several mappings cannot be moved, and the kernel has
+// emptied the other place by the time that it says so.
+static bool model_move(char *from, char *to, size_t bytes)
+{
+	if (mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to) {
+		model_map(from, bytes);
+		return true;
+	}
+	model_map(to, bytes);
+	return false;
+}
+
 static void model_act(struct model *model)
 {
 	struct rng *rng = &model->rng;
@@ -320,7 +338,7 @@ static void model_act(struct model *model)
 		CHECK(madvise(at, bytes, MADV_DONTNEED) == 0);
 		break;
 	case 7:
-		CHECK(mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at);
+		model_map(at, bytes);
 		break;
 	case 8: {
 		static const int protections[] = { PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE };
@@ -348,14 +366,10 @@ static void model_act(struct model *model)
 		// mremap(2) moves one mapping: make it one again.
 		CHECK(mprotect(a, HUGE, PROT_READ | PROT_WRITE) == 0);
 		CHECK(mprotect(b, HUGE, PROT_READ | PROT_WRITE) == 0);
-		if (mremap(a, HUGE, HUGE, MREMAP_MAYMOVE | MREMAP_FIXED, model->elsewhere) == MAP_FAILED)
-			break;
-		if (mremap(b, HUGE, HUGE, MREMAP_MAYMOVE | MREMAP_FIXED, a) == MAP_FAILED) {
-			CHECK(mmap(a, HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
-				   0) == a);
-			break;
+		if (model_move(a, model->elsewhere, HUGE)) {
+			model_move(b, a, HUGE);
+			model_move(model->elsewhere, b, HUGE);
 		}
-		CHECK(mremap(model->elsewhere, HUGE, HUGE, MREMAP_MAYMOVE | MREMAP_FIXED, b) == b);
 		break;
 	}
 	case 12:
@@ -370,9 +384,7 @@ static void model_act(struct model *model)
 		if (to + bytes > at && at + bytes > to)
 			break;
 		CHECK(mprotect(at, bytes, PROT_READ | PROT_WRITE) == 0);
-		if (mremap(at, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) == MAP_FAILED)
-			break;
-		CHECK(mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == at);
+		model_move(at, to, bytes);
 		break;
 	}
 	case 14: {

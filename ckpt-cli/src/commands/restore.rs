@@ -61,10 +61,10 @@ pub struct Request<'a> {
     pub files: Option<FilesPolicy>,
     /// Paths whose change is accepted.
     pub allow_changed: &'a [PathBuf],
+    /// It runs at once, and its memory comes when it is touched.
+    pub lazy: bool,
     /// Nobody stays with the job.
     pub detach: bool,
-    /// Memory comes while the job runs.
-    pub lazy: bool,
     /// One of several copies: where to wait for the others, and whether the kernel is to look for pages that they share.
     pub copy: Option<(OwnedFd, bool)>,
     /// What a supervisor is to do.
@@ -102,8 +102,8 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         store,
         files: args.files,
         allow_changed: &args.allow_changed,
-        detach: args.detach,
         lazy: args.lazy,
+        detach: args.detach,
         copy: match args.as_copy {
             None => None,
             Some(how) => Some((copies::own_gate()?, how == AsCopy::Mergeable)),

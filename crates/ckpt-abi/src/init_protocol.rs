@@ -52,10 +52,10 @@ pub enum Kind {
     Detach = 0x0006,
     /// Request: tell me of every signal that is to make a dump ([`Kind::DumpSignal`]), also of those that came before
     /// anybody asked. Answered by [`Kind::Done`]. The latest who asks is told.
-    Supervise = 0x0007,
+    Supervise = 0x0009,
     /// Request: tell when nothing of the job depends on the checkpoint any more that it was restored from; until then memory is fetched
     /// as fast as possible. Answered by [`Kind::Done`], possibly much later.
-    Settle = 0x0008,
+    Settle = 0x000a,
     /// Bytes of the terminal, in both directions, in the payload. No answer.
     Data = 0x0010,
 
@@ -71,9 +71,9 @@ pub enum Kind {
     /// Notice: another client is the job's terminal now.
     Detached = 0x8004,
     /// Notice to whoever supervises: signal `arg` was sent to the job and did not reach it, as it is to make a dump.
-    DumpSignal = 0x8005,
+    DumpSignal = 0x8006,
     /// Notice, to who waits or is attached: why the job is being ended; UTF-8.
-    Notice = 0x8006,
+    Notice = 0x8007,
 
     /// Start, to the launching process: a line of progress, UTF-8.
     LaunchProgress = 0x9000,
