@@ -330,7 +330,19 @@ pub struct RestoreArgs {
     #[arg(long)]
     pub lazy: bool,
 
-    /// Give the restored job another name.
+    /// Start this many copies, named NAME-1, NAME-2 and so on, each with its own log (implies --detach).
+    ///
+    /// All of them or none: none runs before all are rebuilt, and if one can't be, the others are removed again. Where the kernel merges
+    /// equal pages (KSM, /sys/kernel/mm/ksm/run is 1), the copies come to share the memory that they do not change. A checkpoint
+    /// whose job has files open for writing is refused.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), conflicts_with = "by_supervisor")]
+    pub copies: Option<u32>,
+
+    /// The hidden side of --copies: stdin is the gate, and the kernel is to merge memory or not.
+    #[arg(long, hide = true, value_enum, requires = "detach", conflicts_with = "copies")]
+    pub as_copy: Option<AsCopy>,
+
+    /// Give the restored job another name; with --copies, another prefix.
     #[arg(long, short, value_name = "NEW")]
     pub name: Option<JobName>,
 
@@ -352,6 +364,14 @@ pub struct RestoreArgs {
     /// The hidden side of recoveries: the job's supervisor starts it again.
     #[arg(long, hide = true, value_name = "FD")]
     pub by_supervisor: Option<i32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AsCopy {
+    /// Memory is the copy's own.
+    Alone,
+    /// Equal pages are to be merged.
+    Mergeable,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -3,6 +3,7 @@
 
 pub mod attach;
 pub mod check;
+pub mod copies;
 pub mod doctor;
 pub mod dump;
 pub mod init;

@@ -101,6 +101,9 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<ExitCode> {
     if let Some(error) = cause.downcast_ref::<DumpError>() {
         return commands::dump::code_of(error);
     }
+    if let Some(error) = cause.downcast_ref::<commands::copies::CopyFailed>() {
+        return error.code.map(ExitCode);
+    }
     if let Some(error) = cause.downcast_ref::<RestoreError>() {
         return commands::restore::code_of(error);
     }

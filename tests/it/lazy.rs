@@ -101,6 +101,7 @@ while_missing! {
     brk => Guest::new("mem_brk");
     reserve => Guest::new("mem_reserve");
     many_mappings => Guest::new("mem_many_vmas");
+    huge_pages => Guest::new("mem_huge");
     threads => Guest::new("thread_registers");
     restartable_sequences => Guest::new("rseq");
     robust_futexes => Guest::new("robust_list");

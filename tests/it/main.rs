@@ -5,6 +5,7 @@
 mod chains;
 mod clock;
 mod commands;
+mod copies;
 mod cow;
 mod engines;
 mod epoll;

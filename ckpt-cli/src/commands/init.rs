@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The hidden command that is pid 1 of a job; see [`ckpt_job::init_main`].
 
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 
 use ckpt_engine::error::RestoreError;
 use ckpt_engine::restore::page_server::PageServer;
@@ -35,7 +35,8 @@ fn restore(context: &mut InitContext, work: RestoreWork) -> Result<Started, Star
     let dir = context.passed.first().and_then(|fd| fd.try_clone().ok());
     let dir = dir
         .ok_or_else(|| StartError::new(StartErrorClass::Failure, "the checkpoint's directory is not open"))?;
-    let keeper = context.passed.get(1).and_then(|fd| fd.try_clone().ok());
+    let keeper = context.passed.get(1).filter(|_| work.lazy).and_then(|fd| fd.try_clone().ok());
+    let gate = context.passed.get(1 + usize::from(work.lazy)).filter(|_| work.gate);
     let request = RestoreRequest {
         dir,
         keeper,
@@ -52,6 +53,10 @@ fn restore(context: &mut InitContext, work: RestoreWork) -> Result<Started, Star
     let rebuilt = rebuild(&request).map_err(|e| failure(&e))?;
     if let Some(why) = &rebuilt.eager_because {
         progress.warning(&format!("restored as a whole, not lazily: {why}"));
+    }
+    if let Some(gate) = gate {
+        super::copies::wait_at_gate(gate.as_fd())
+            .map_err(|e| StartError::new(StartErrorClass::Failure, e.to_string()))?;
     }
     for w in &rebuilt.warnings {
         progress.warning(w);

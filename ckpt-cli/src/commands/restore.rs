@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::io::{self};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 
@@ -17,7 +17,8 @@ use ckpt_job::policy::Supervised;
 use ckpt_job::spec::TimeTarget;
 use ckpt_job::{Job, JobName, LaunchSpec, Registry, Work};
 
-use crate::args::{FilesPolicy, RestoreArgs};
+use crate::args::{AsCopy, FilesPolicy, RestoreArgs};
+use crate::commands::copies;
 use crate::commands::run::{log_path, stay};
 use crate::commands::{store_directory, supervise};
 use crate::exit_code::ExitCode;
@@ -30,6 +31,10 @@ pub struct RestoreWork {
     pub label: String,
     /// The decisions.
     pub options: RestoreOptions,
+    /// The second descriptor that is passed is the socket of a page keeper.
+    pub lazy: bool,
+    /// The last one is the gate to wait at before the job runs.
+    pub gate: bool,
 }
 
 #[derive(serde::Serialize)]
@@ -60,6 +65,8 @@ pub struct Request<'a> {
     pub lazy: bool,
     /// Nobody stays with the job.
     pub detach: bool,
+    /// One of several copies: where to wait for the others, and whether the kernel is to look for pages that they share.
+    pub copy: Option<(OwnedFd, bool)>,
     /// What a supervisor is to do.
     pub supervised: Option<Supervised>,
     /// It is its supervisor who starts the job again.
@@ -79,6 +86,9 @@ pub struct Restored {
 /// Runs the command.
 pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
     supervise::divert(args.by_supervisor, report)?;
+    if let Some(number) = args.copies {
+        return copies::run(args, number, report);
+    }
     let store = store_directory(&args.store)?;
     let spec = args.checkpoint.to_str().context("the checkpoint's name is not valid UTF-8")?;
     let by_supervisor = args.by_supervisor.is_some();
@@ -94,6 +104,10 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         allow_changed: &args.allow_changed,
         lazy: args.lazy,
         detach: args.detach,
+        copy: match args.as_copy {
+            None => None,
+            Some(how) => Some((copies::own_gate()?, how == AsCopy::Mergeable)),
+        },
         supervised,
         by_supervisor,
     };
@@ -126,7 +140,7 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
 /// # Errors
 /// Then nothing is left of it.
 pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
-    let Request { path, name, store, files, allow_changed, lazy, detach, supervised, by_supervisor } =
+    let Request { path, name, store, files, allow_changed, detach, lazy, copy, supervised, by_supervisor } =
         request;
     let image = Image::open(&path)?;
     let name = match name {
@@ -152,7 +166,10 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
                 .iter()
                 .map(|p| std::path::absolute(p).map(|p| p.to_string_lossy().into_owned()))
                 .collect::<io::Result<_>>()?,
+            mergeable: copy.as_ref().is_some_and(|(_, mergeable)| *mergeable),
         },
+        lazy,
+        gate: copy.is_some(),
     };
     let dir = std::fs::File::open(&path).with_context(|| format!("opening {}", path.display()))?;
     let window = ckpt_sys::pty::window_size(io::stdin().as_fd()).ok().map(|size| (size.rows, size.columns));
@@ -174,6 +191,7 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
         }),
         restored_from: Some(path.display().to_string()),
         restored_command: image.job.argv.iter().map(|a| String::from_utf8_lossy(a).into_owned()).collect(),
+        mergeable: work.options.mergeable,
         supervised,
         by_supervisor,
     };
@@ -183,6 +201,7 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
     if lazy {
         pass.push(page_keeper::fork().context("preparing a lazy restore")?);
     }
+    pass.extend(copy.map(|(gate, _)| gate));
     let job = ckpt_job::launch(launch, pass, |event| match event {
         LaunchEvent::Progress(text) => report.progress(&text),
         LaunchEvent::Warning(text) => report.warning(&text),

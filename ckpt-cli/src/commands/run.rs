@@ -66,6 +66,7 @@ pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
         time: None,
         restored_from: None,
         restored_command: Vec::new(),
+        mergeable: false,
     };
     let resumed = match &args.name {
         Some(name) if args.resume => {
@@ -122,6 +123,7 @@ fn resume(
             allow_changed: &[],
             lazy: false,
             detach: args.detach,
+            copy: None,
             supervised: supervised.clone(),
             by_supervisor: false,
         };

@@ -369,6 +369,7 @@ fn record(context: &InitContext, main_pid: i32, started: u64) -> JobRecord {
         user_namespace: context.user_namespace,
         fresh_proc: context.fresh_proc,
         external: context.external.iter().map(|external| external.record.clone()).collect(),
+        mergeable: spec.mergeable,
         terminal: context.pty.as_ref().map(|pty| pty.slave_path.clone()),
     }
 }

@@ -63,6 +63,8 @@ pub struct LaunchSpec {
     pub restored_from: Option<String>,
     /// The command of a restored job, as text; that of others is in `work`.
     pub restored_command: Vec<String>,
+    /// The restore makes the job's memory mergeable, to be shared with other copies of it.
+    pub mergeable: bool,
     /// What a supervisor is to do.
     pub supervised: Option<Supervised>,
     /// Started by its supervisor, for its next run.
@@ -151,6 +153,9 @@ pub struct JobRecord {
     pub fresh_proc: bool,
     /// The fds that came from outside.
     pub external: Vec<ExternalRecord>,
+    /// Its restore has made its memory mergeable.
+    #[serde(default)]
+    pub mergeable: bool,
     /// The slave of its terminal, as the job sees it.
     pub terminal: Option<PathBuf>,
 }

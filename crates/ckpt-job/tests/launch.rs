@@ -69,6 +69,7 @@ fn spec(scratch: &Path, test: &str) -> LaunchSpec {
         time: None,
         log: scratch.join("log"),
         restored_from: Some("a checkpoint".to_owned()),
+        mergeable: false,
         restored_command: Vec::new(),
         supervised: None,
         by_supervisor: false,

@@ -46,6 +46,8 @@ pub struct RestoreOptions {
     pub files: FilePolicy,
     /// Paths whose change is accepted.
     pub allow_changed: BTreeSet<String>,
+    /// Memory is made mergeable (MADV_MERGEABLE), so that the kernel shares pages that several copies of the job have.
+    pub mergeable: bool,
 }
 
 /// What init provides.

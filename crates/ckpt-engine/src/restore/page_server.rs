@@ -10,7 +10,7 @@
 //! made from knowledge that an event has overtaken. While an event is unread the kernel makes no pages (EAGAIN).
 //!
 //! Lazy are private anonymous mappings. Shared memory is not: a mapping of it made later would be watched by nobody.
-//! See docs/adr/0012-lazy-restore.md.
+//! See docs/adr/0015-lazy-restore.md.
 
 use super::build_tree::Build;
 use super::fill_memory::{is_private_anonymous, stored, userfault_of};

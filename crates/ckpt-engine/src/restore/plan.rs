@@ -282,6 +282,40 @@ fn judge_files(
     Ok(())
 }
 
+/// Files of the image that several copies of it would write.
+///
+/// # Errors
+/// If a record does not decode.
+pub fn copy_conflicts(image: &Image) -> Result<Conflicts, RestoreError> {
+    // Files of the job's own /dev/shm are each copy's own.
+    let shared = |path: &[u8]| !path.starts_with(b"/dev/shm/");
+    let written =
+        files(image)?.into_iter().filter(|(path, u)| (u.writers || u.mapped_writable) && shared(path));
+    Ok(Conflicts(
+        written
+            .map(|(path, _)| Conflict {
+                what: String::from_utf8_lossy(&path).into_owned(),
+                why: "the job has it open for writing, and several copies would write to it".to_owned(),
+                advice: "restore one at a time".to_owned(),
+            })
+            .collect(),
+    ))
+}
+
+/// Whether the application has itself made memory mergeable: then what is shared is its own affair.
+///
+/// # Errors
+/// If a record does not decode.
+pub fn is_mergeable_by_itself(image: &Image) -> Result<bool, RestoreError> {
+    for r in image.of_kind(Kind::MemoryMap) {
+        let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
+        if m.vmas.iter().any(|v| v.advice.contains(&libc::MADV_MERGEABLE)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Files of the image that another live job holds open for writing. Called outside, where those jobs can be seen.
 ///
 /// # Errors
