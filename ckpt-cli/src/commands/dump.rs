@@ -33,6 +33,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let job = ckpt_job::status(name)?;
     let _lock = ckpt_job::lock_for_dump(name)?;
     let info = job_info::of(&job);
+    let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
     ckpt_engine::dump::check(&info)?;
     let claim = match &args.dir {
@@ -57,6 +58,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         },
         engine,
         stop: args.stop,
+        with_files: args.with_files || with_files,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {
             report.progress(&format!("{name}: {} of {} MiB", done >> 20, all >> 20));

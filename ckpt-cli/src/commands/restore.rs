@@ -53,6 +53,8 @@ pub struct Request<'a> {
     pub files: Option<FilesPolicy>,
     /// Paths whose change is accepted.
     pub allow_changed: &'a [PathBuf],
+    /// Put files back whose content is in the image.
+    pub rollback_files: bool,
     /// Nobody stays with the job.
     pub detach: bool,
     /// What a supervisor is to do.
@@ -87,6 +89,7 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         store,
         files: args.files,
         allow_changed: &args.allow_changed,
+        rollback_files: args.rollback_files,
         detach: args.detach,
         supervised,
         by_supervisor,
@@ -119,7 +122,17 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
 /// # Errors
 /// Then nothing is left of it.
 pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
-    let Request { path, name, store, files, allow_changed, detach, supervised, by_supervisor } = request;
+    let Request {
+        path,
+        name,
+        store,
+        files,
+        allow_changed,
+        rollback_files,
+        detach,
+        supervised,
+        by_supervisor,
+    } = request;
     let image = Image::open(&path)?;
     let name = match name {
         Some(name) => name,
@@ -144,6 +157,7 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
                 .iter()
                 .map(|p| std::path::absolute(p).map(|p| p.to_string_lossy().into_owned()))
                 .collect::<io::Result<_>>()?,
+            rollback_files,
         },
     };
     let dir = std::fs::File::open(&path).with_context(|| format!("opening {}", path.display()))?;
@@ -168,6 +182,7 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
         restored_command: image.job.argv.iter().map(|a| String::from_utf8_lossy(a).into_owned()).collect(),
         supervised,
         by_supervisor,
+        with_files: rollback_files,
     };
     let command = image.job.argv.iter().map(|word| OsString::from_vec(word.clone())).collect();
     drop(image);

@@ -63,6 +63,8 @@ pub struct LaunchSpec {
     pub restored_from: Option<String>,
     /// The command of a restored job, as text; that of others is in `work`.
     pub restored_command: Vec<String>,
+    /// Dumps save the content of files that the job has open for writing.
+    pub with_files: bool,
     /// What a supervisor is to do.
     pub supervised: Option<Supervised>,
     /// Started by its supervisor, for its next run.
@@ -143,6 +145,9 @@ pub struct JobRecord {
     pub command: Vec<String>,
     /// The checkpoint that it came from.
     pub restored_from: Option<String>,
+    /// Dumps save the content of files that the job has open for writing.
+    #[serde(default)]
+    pub with_files: bool,
     /// Whether it has a terminal of its own.
     pub tty: bool,
     /// Whether it has a user namespace of its own.

@@ -70,6 +70,7 @@ fn spec(scratch: &Path, test: &str) -> LaunchSpec {
         log: scratch.join("log"),
         restored_from: Some("a checkpoint".to_owned()),
         restored_command: Vec::new(),
+        with_files: false,
         supervised: None,
         by_supervisor: false,
     }

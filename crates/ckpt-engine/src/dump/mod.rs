@@ -29,6 +29,8 @@ pub struct DumpRequest<'a> {
     pub engine: &'a dyn Engine,
     /// Kill the job when the image is complete, while it is still frozen.
     pub stop: bool,
+    /// Save the content of files that the job is writing, too.
+    pub with_files: bool,
     /// Free bytes of the store; asked before anything is stopped.
     pub free_bytes: u64,
     /// Told of the progress: bytes done, bytes in all.
@@ -76,7 +78,7 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 /// # Errors
 /// In each case the job runs on as before.
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
-    let DumpRequest { info, dir, compression, engine, stop, free_bytes, progress } = request;
+    let DumpRequest { info, dir, compression, engine, stop, with_files, free_bytes, progress } = request;
     let found = discover::discover(&info)?;
     found.check_room(engine, compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
@@ -86,7 +88,10 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let mut frozen = freeze::freeze(&info)?;
     frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
-    let collected = collect::collect(&mut frozen, &mut warnings)?;
+    let mut collected = collect::collect(&mut frozen, &mut warnings)?;
+    if with_files {
+        crate::resource::saved_file::keep(&frozen.job, dir, &mut collected)?;
+    }
     let mut snapshot = snapshot::take(engine, &collected.sources)?;
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };

@@ -39,6 +39,7 @@ pub fn write(
             snapshot: &mut *snapshot,
             sources: &collected.sources,
             deferred: &collected.deferred,
+            kept: &collected.kept,
             writer: &mut writer,
             progress: &mut advance,
         };

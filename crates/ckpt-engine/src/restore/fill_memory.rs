@@ -47,9 +47,23 @@ pub fn fill_file(
     bytes: u64,
     buf: &mut Vec<u8>,
 ) -> Result<(), RestoreError> {
-    for run in build.image.reader.runs(object) {
+    fill_from(build.image, file, object, bytes, buf)
+}
+
+/// The same, without anything being built.
+///
+/// # Errors
+/// As [`fill_file`].
+pub fn fill_from(
+    image: &super::read::Image,
+    file: &std::fs::File,
+    object: u64,
+    bytes: u64,
+    buf: &mut Vec<u8>,
+) -> Result<(), RestoreError> {
+    for run in image.reader.runs(object) {
         ckpt_sys::hook::point();
-        build.image.reader.read_run(run, buf)?;
+        image.reader.read_run(run, buf)?;
         let n = bytes.saturating_sub(run.offset).min(buf.len() as u64) as usize;
         file.write_all_at(&buf[..n], run.offset)
             .map_err(RestoreError::io(0, format!("writing {n} bytes of shared object {object}")))?;

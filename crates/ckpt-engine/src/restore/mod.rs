@@ -9,6 +9,7 @@ pub mod fill_memory;
 pub mod plan;
 pub mod read;
 pub mod resume;
+pub mod rollback;
 
 use crate::error::RestoreError;
 use crate::kind::Kind;
@@ -40,6 +41,9 @@ pub struct RestoreOptions {
     pub files: FilePolicy,
     /// Paths whose change is accepted.
     pub allow_changed: BTreeSet<String>,
+    /// Put files back whose content is in the image.
+    #[serde(default)]
+    pub rollback_files: bool,
 }
 
 /// What init provides.
@@ -92,6 +96,10 @@ pub fn rebuild(request: &RestoreRequest) -> Result<Rebuilt, RestoreError> {
     if !ckpt_sys::hook::skipped(Kind::Process.name()) {
         build.build_tree()?;
     }
+    if request.options.rollback_files && image.of_kind(Kind::SavedFile).next().is_none() {
+        build.warnings.push("the checkpoint was made without --with-files: no file is rolled back".into());
+    }
+    build.rollbacks = rollback::Rollbacks::prepare(&image, std::mem::take(&mut build.plan.rollbacks))?;
     let order = in_order();
     let steps: [Step; 4] = [
         |r, b, rec| r.create(b, rec),
