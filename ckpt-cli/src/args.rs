@@ -2,6 +2,7 @@
 //! The command line. The texts here are the manual: `ckpt help COMMAND` shows them.
 
 use std::ffi::OsString;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use ckpt_job::JobName;
@@ -16,7 +17,7 @@ Exit status:
     1    failure (125 in the commands that end with a job's status)
     2    wrong usage
     112  not found: no such job, checkpoint or file
-    113  conflict: a name or file is in use, a file has changed, another dump is going on
+    113  conflict: a name, file or checkpoint is in use, a file has changed, another dump is going on
     114  refused: the job holds something that ckpt does not support; the job goes on
     115  corrupt: the image is damaged, or was made by a newer ckpt
     116  this host cannot: see `ckpt doctor`
@@ -54,6 +55,7 @@ pub enum Command {
     Supervise(SuperviseArgs),
     Attach(AttachArgs),
     Rm(RmArgs),
+    Squash(SquashArgs),
     Check(CheckArgs),
     Doctor(DoctorArgs),
 }
@@ -272,9 +274,32 @@ pub struct DumpArgs {
     #[arg(long, value_enum, default_value_t = Compression::None, value_name = "METHOD")]
     pub compress: Compression,
 
+    /// How memory is kept while it is written: see `ckpt doctor` for what this host allows.
+    #[arg(long, value_enum, default_value_t = EngineChoice::Auto, value_name = "ENGINE")]
+    pub engine: EngineChoice,
+
+    /// Write no more than this many bytes a second (K, M, G: times 1024), on average.
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub io_limit: Option<NonZeroU64>,
+
+    /// Give the dump up when the job has written to more than this many bytes of its memory (K, M, G: times 1024) while
+    /// the checkpoint was being written: so much is held twice. The job goes on.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub duplicate_limit: Option<NonZeroU64>,
+
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EngineChoice {
+    /// The one that keeps the job still for the shortest time.
+    Auto,
+    /// Fork each process and read the copy while the job goes on; what cannot be kept that way is copied.
+    Cow,
+    /// Copy everything into ckpt's own memory while the job stands still.
+    Copy,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -308,6 +333,14 @@ pub struct RestoreArgs {
     /// Return as soon as the job runs. Its output goes to its log.
     #[arg(long, short)]
     pub detach: bool,
+
+    /// Let the job run at once; its memory comes when it is touched, and the rest in the background.
+    ///
+    /// What the job touched first after the last lazy restore is fetched first. Until all memory has come (see `ckpt ps`) the job depends
+    /// on the checkpoint: if that turns out to be damaged, the job is ended, with a line in its log and status 115.
+    /// Needs CAP_SYS_PTRACE on the host; elsewhere the restore says why and brings all memory back first.
+    #[arg(long)]
+    pub lazy: bool,
 
     /// Give the restored job another name.
     #[arg(long, short, value_name = "NEW")]
@@ -477,7 +510,11 @@ pub struct AttachArgs {
 pub struct DetachKey(pub Option<u8>);
 
 /// Remove checkpoints from the store
+///
+/// A checkpoint that incremental ones are built on is not removed unless they are, too; the message names them. `ckpt squash`
+/// makes them independent of it.
 #[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
 pub struct RmArgs {
     /// What to remove: NAME for all checkpoints of a job, NAME@N for a certain one.
     #[arg(value_name = "NAME[@N]", required = true)]
@@ -485,6 +522,29 @@ pub struct RmArgs {
 
     #[command(flatten)]
     pub store: StoreArg,
+}
+
+/// Make an incremental checkpoint a full one, in place
+///
+/// It keeps its number, and those that are built on it stay valid; it needs the ones that it was built on no more, so that they can be
+/// removed. Whatever interrupts this, the checkpoint is there and whole: as it was, or as it is to be. Doing it again is harmless.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct SquashArgs {
+    /// The checkpoint: NAME for the newest of a job, NAME@N for a certain one.
+    #[arg(value_name = "NAME[@N]")]
+    pub checkpoint: String,
+
+    #[command(flatten)]
+    pub store: StoreArg,
+
+    /// How to compress memory. Without it, as the checkpoint is now.
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub compress: Option<Compression>,
+
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Could this job be dumped now?
@@ -515,6 +575,21 @@ pub struct DoctorArgs {
     /// Print the findings as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// A number of bytes: 100000, 64K, 10M, 2G.
+fn parse_size(text: &str) -> Result<NonZeroU64, String> {
+    let (digits, shift) = match text.trim_end_matches(['K', 'M', 'G', 'k', 'm', 'g']) {
+        digits if digits.len() + 1 < text.len() => ("", 0),
+        digits => match text[digits.len()..].to_ascii_uppercase().as_str() {
+            "K" => (digits, 10),
+            "M" => (digits, 20),
+            "G" => (digits, 30),
+            _ => (digits, 0),
+        },
+    };
+    let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift)).and_then(NonZeroU64::new);
+    bytes.ok_or_else(|| "give a number of bytes above 0, such as 500000, 64K, 10M or 2G".to_owned())
 }
 
 /// A signal by name or number.
@@ -602,6 +677,16 @@ mod tests {
         }
         for text in ["", "FOO", "65", "RTMIN+40", "-9"] {
             assert!(parse_signal(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("1", 1), ("64K", 65536), ("10m", 10 << 20), ("2G", 2 << 30)] {
+            assert_eq!(parse_size(text).map(NonZeroU64::get), Ok(bytes), "{text}");
+        }
+        for text in ["", "0", "K", "1KK", "-1", "1.5G", "1T", "99999999999G"] {
+            assert!(parse_size(text).is_err(), "{text}");
         }
     }
 

@@ -10,7 +10,7 @@
 //! | 1 | a failure without a code of its own, in commands that do not end with a job's status |
 //! | 2 | wrong usage |
 //! | 112 | not found: no such job, checkpoint or file |
-//! | 113 | conflict: the name, a port or a file is in use, a file has changed, another dump is going on |
+//! | 113 | conflict: the name, a port, a file or a checkpoint is in use, a file has changed, another dump is going on |
 //! | 114 | refused: the job holds something that ckpt does not support; it goes on |
 //! | 115 | corrupt: the image is damaged, or made by a newer ckpt |
 //! | 116 | host cannot: this host or kernel lacks or forbids something, see `ckpt doctor` |
@@ -23,8 +23,8 @@
 use std::process;
 
 use ckpt_engine::error::{DumpError, RestoreError};
-use ckpt_image::ReadError;
 use ckpt_image::store::StoreError;
+use ckpt_image::{ReadError, WriteError};
 use ckpt_job::client::ClientError;
 use ckpt_job::name::InvalidName;
 use ckpt_job::{ExitStatus, LaunchError, RegistryError, StartErrorClass};
@@ -116,7 +116,14 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<ExitCode> {
 fn of_store(error: &StoreError) -> Option<ExitCode> {
     match error {
         StoreError::NoSuchJob { .. } | StoreError::NoSuchCheckpoint { .. } => Some(ExitCode::NOT_FOUND),
-        StoreError::Exists { .. } | StoreError::Busy { .. } => Some(ExitCode::CONFLICT),
+        StoreError::Exists { .. }
+        | StoreError::Busy { .. }
+        | StoreError::Needed { .. }
+        | StoreError::ParentGone { .. }
+        | StoreError::Changed { .. } => Some(ExitCode::CONFLICT),
+        StoreError::Read(error) => commands::verify::code_of(error),
+        StoreError::Write(WriteError::Io { source, .. }) => is_storage(source).then_some(ExitCode::NO_SPACE),
+        StoreError::Write(_) => None,
         StoreError::BadJobName { .. } | StoreError::BadSpec { .. } | StoreError::ReservedName { .. } => {
             Some(ExitCode::USAGE)
         }

@@ -40,6 +40,7 @@ fn main() -> process::ExitCode {
         Command::Supervise(args) => (commands::supervise::run(args, &report), ExitCode::FAILURE),
         Command::Attach(args) => (commands::attach::run(args, &report), ExitCode::OWN_FAILURE),
         Command::Rm(args) => (commands::rm::run(args, &report), ExitCode::FAILURE),
+        Command::Squash(args) => (commands::squash::run(args, &report), ExitCode::FAILURE),
         Command::Check(args) => (commands::check::run(args, &report), ExitCode::FAILURE),
         Command::Doctor(args) => (commands::doctor::run(args, &report), ExitCode::FAILURE),
     };

@@ -2,8 +2,10 @@
 //! End-to-end tests: one module per area, in it one entry per guest (see `guest_tests!`).
 #![forbid(unsafe_code)]
 
+mod chains;
 mod clock;
 mod commands;
+mod cow;
 mod engines;
 mod epoll;
 mod eventfd;
@@ -11,6 +13,7 @@ mod external;
 mod files;
 mod image_damage;
 mod interrupted;
+mod lazy;
 mod locks;
 mod memory;
 mod pipes;

@@ -85,10 +85,16 @@ fn row(job: &LiveJob, now: u64) -> Vec<String> {
     let status = &job.status;
     let record = &status.record;
     let state = match status.exit_status {
-        None if job.supervision.as_ref().is_some_and(|known| !known.supervised) => {
-            "running, unsupervised".to_owned()
+        None => {
+            let mut state = match status.missing_memory {
+                None => "running".to_owned(),
+                Some(memory) => format!("fetching memory ({} MiB left)", memory.missing_bytes >> 20),
+            };
+            if job.supervision.as_ref().is_some_and(|known| !known.supervised) {
+                state.push_str(", unsupervised");
+            }
+            state
         }
-        None => "running".to_owned(),
         Some(exit) => format!("left behind ({})", exit.shell_code()),
     };
     let tty = match (record.tty, status.attached) {

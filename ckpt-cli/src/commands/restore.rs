@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use ckpt_engine::error::RestoreError;
 use ckpt_engine::restore::read::Image;
-use ckpt_engine::restore::{FilePolicy, RestoreOptions, plan};
+use ckpt_engine::restore::{FilePolicy, RestoreOptions, page_keeper, plan};
 use ckpt_image::store::Store;
 use ckpt_job::launch::LaunchEvent;
 use ckpt_job::policy::Supervised;
@@ -39,6 +39,9 @@ struct Outcome<'a> {
     init_pid: i32,
     main_pid: i32,
     log: &'a std::path::Path,
+    /// What init says of the restore: how long its phases took.
+    #[serde(flatten)]
+    details: &'a serde_json::Value,
 }
 
 /// What to restore, and how.
@@ -55,6 +58,8 @@ pub struct Request<'a> {
     pub allow_changed: &'a [PathBuf],
     /// Put files back whose content is in the image.
     pub rollback_files: bool,
+    /// It runs at once, and its memory comes when it is touched.
+    pub lazy: bool,
     /// Nobody stays with the job.
     pub detach: bool,
     /// What a supervisor is to do.
@@ -90,6 +95,7 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         files: args.files,
         allow_changed: &args.allow_changed,
         rollback_files: args.rollback_files,
+        lazy: args.lazy,
         detach: args.detach,
         supervised,
         by_supervisor,
@@ -106,6 +112,7 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
             init_pid: job.init_pid,
             main_pid: job.main_pid,
             log: &job.log,
+            details: &job.details,
         })?;
     }
     if args.detach {
@@ -129,6 +136,7 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
         files,
         allow_changed,
         rollback_files,
+        lazy,
         detach,
         supervised,
         by_supervisor,
@@ -186,7 +194,11 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
     };
     let command = image.job.argv.iter().map(|word| OsString::from_vec(word.clone())).collect();
     drop(image);
-    let job = ckpt_job::launch(launch, vec![dir.into()], |event| match event {
+    let mut pass = vec![dir.into()];
+    if lazy {
+        pass.push(page_keeper::fork().context("preparing a lazy restore")?);
+    }
+    let job = ckpt_job::launch(launch, pass, |event| match event {
         LaunchEvent::Progress(text) => report.progress(&text),
         LaunchEvent::Warning(text) => report.warning(&text),
     });

@@ -122,6 +122,7 @@ fn resume(
             files: args.files,
             allow_changed: &[],
             rollback_files: args.with_files,
+            lazy: false,
             detach: args.detach,
             supervised: supervised.clone(),
             by_supervisor: false,

@@ -292,6 +292,12 @@ impl Attachment {
                 Some(outcome) => Ok(Some(AttachmentEnd::Exited(outcome))),
                 None => Err(ClientError::NoStatus(self.connection.name.clone())),
             },
+            Some(Kind::Notice) => {
+                // The terminal may be raw.
+                let text = format!("ckpt: {}\r\n", message.text());
+                let _ = write_all(io::stderr().as_fd(), text.as_bytes());
+                Ok(None)
+            }
             Some(Kind::Detached) => Ok(Some(AttachmentEnd::TakenOver)),
             // Answers to signals passed on: a job without the process meant has nothing to do with them.
             _ => Ok(None),

@@ -73,6 +73,18 @@ pub struct JobStatus {
     pub sysv_objects: u64,
     /// System V semaphore sets there.
     pub semaphore_sets: u64,
+    /// Memory that is still in the checkpoint only, in a job that was restored lazily.
+    #[serde(default)]
+    pub missing_memory: Option<MissingMemory>,
+}
+
+/// What a lazily restored job still depends on its checkpoint for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MissingMemory {
+    /// Bytes that are still to come.
+    pub missing_bytes: u64,
+    /// Bytes that were to come at the start.
+    pub total_bytes: u64,
 }
 
 /// A job that lives.
@@ -135,11 +147,15 @@ impl Connection {
 
     /// The next message; [`ClientError::Refused`] for [`Kind::Error`].
     pub fn receive(&self) -> Result<Message, ClientError> {
-        let message = match channel::receive(self.socket.as_fd(), true) {
-            Ok(Some(message)) => message,
-            Ok(None) => return Err(ClientError::Ended(self.name.clone())),
-            Err(ReceiveError::Io(error)) => return Err(self.lost(error)),
-            Err(ReceiveError::Header(error)) => return Err(self.io(io::Error::other(error))),
+        let message = loop {
+            match channel::receive(self.socket.as_fd(), true) {
+                // Why the job is being ended; what was asked for comes, or the end does.
+                Ok(Some(message)) if message.kind == Some(Kind::Notice) => {}
+                Ok(Some(message)) => break message,
+                Ok(None) => return Err(ClientError::Ended(self.name.clone())),
+                Err(ReceiveError::Io(error)) => return Err(self.lost(error)),
+                Err(ReceiveError::Header(error)) => return Err(self.io(io::Error::other(error))),
+            }
         };
         if message.kind == Some(Kind::Error) {
             return Err(ClientError::Refused {
@@ -351,6 +367,19 @@ pub fn live_jobs() -> Result<Vec<LiveJob>, ClientError> {
         }
     }
     Ok(jobs)
+}
+
+/// Waits until nothing of a job depends any more on the checkpoint that it was restored from.
+///
+/// # Errors
+/// [`RegistryError::NotFound`]; [`ClientError::Ended`] if the job ends before.
+pub fn settle(name: &JobName) -> Result<(), ClientError> {
+    let connection = Connection::open(&Registry::open()?, name)?;
+    match connection.ask(Kind::Settle, 0, Kind::Done) {
+        // An init that does not know this has no such job either.
+        Err(ClientError::Refused { errno: libc::ENOSYS, .. }) => Ok(()),
+        settled => settled.map(drop),
+    }
 }
 
 /// How long a killed job is waited for.

@@ -96,6 +96,8 @@ pub struct Job {
     pub tty: bool,
     /// Where its output goes while nobody is attached.
     pub log: PathBuf,
+    /// What [`crate::Started::details`] says.
+    pub details: serde_json::Value,
     /// Holds the lock of the supervisor that the job is to get: to be handed on to it.
     pub supervision: Option<File>,
     pub(crate) channel: OwnedFd,
@@ -183,7 +185,7 @@ fn try_launch(
     let mut children = Children { intermediate: Some(intermediate), init: None };
     let mut committed = false;
     let mut early_signals = Vec::new();
-    let main_pid = loop {
+    let (main_pid, details) = loop {
         // Messages first: a signal that arrives together with the news of the commit is for the job, not for us.
         let message = match channel::receive(ours.as_fd(), committed) {
             Ok(Some(message)) => message,
@@ -210,7 +212,11 @@ fn try_launch(
             Some(Kind::LaunchProgress) => event(LaunchEvent::Progress(message.text())),
             Some(Kind::LaunchWarning) => event(LaunchEvent::Warning(message.text())),
             Some(Kind::LaunchCommitted) => committed = true,
-            Some(Kind::LaunchStarted) => break i32::try_from(message.arg).unwrap_or(0),
+            Some(Kind::LaunchStarted) => {
+                // Only a report: nothing depends on it.
+                let details = serde_json::from_slice(&message.payload).unwrap_or_default();
+                break (i32::try_from(message.arg).unwrap_or(0), details);
+            }
             Some(Kind::LaunchFailed) => return Err(failure(&message)),
             _ => {
                 let text = format!("unexpected message {:#06x} from the job's init", message.kind_number);
@@ -227,6 +233,7 @@ fn try_launch(
         main_pid,
         tty,
         log,
+        details,
         supervision,
         channel: ours,
         signals,

@@ -22,8 +22,8 @@ use nix::sys::signalfd::SignalFd;
 
 use crate::ExitStatus;
 use crate::channel::{self, Message, ReceiveError};
-use crate::client::JobStatus;
-use crate::init::open_log;
+use crate::client::{JobStatus, MissingMemory};
+use crate::init::{Fetching, open_log};
 use crate::registry::write_entry_file;
 use crate::spec::{JobRecord, LaunchSpec};
 
@@ -54,6 +54,7 @@ pub(crate) struct Resources {
     pub pty: Option<OwnedFd>,
     pub launcher: Option<OwnedFd>,
     pub main_exited: Option<ExitStatus>,
+    pub fetching: Option<Box<dyn Fetching>>,
 }
 
 /// What a client waits for.
@@ -68,6 +69,8 @@ struct Client {
     outbox: VecDeque<Vec<u8>>,
     outbox_bytes: usize,
     waits_for: Option<WaitsFor>,
+    /// Is to be told when the job needs its checkpoint no more.
+    waits_to_settle: bool,
     attached: bool,
     /// Is told of signals that are to make a dump.
     supervises: bool,
@@ -83,6 +86,7 @@ impl Client {
             outbox: VecDeque::new(),
             outbox_bytes: 0,
             waits_for: None,
+            waits_to_settle: false,
             attached: false,
             supervises: false,
             closing: false,
@@ -136,7 +140,13 @@ struct Supervisor {
     untold: Vec<u8>,
     /// Somebody has asked for them.
     was_supervised: bool,
+    fetching: Option<Box<dyn Fetching>>,
+    /// The job is being ended because its memory can't be fetched: the status that stands for that.
+    failed: Option<ExitStatus>,
 }
+
+/// The exit status of a job whose checkpoint turns out to be damaged while it runs; that of the commands that find it before.
+const CORRUPT: ExitStatus = ExitStatus::Exited(115);
 
 /// The path of a registry entry that does not depend on what is mounted where.
 pub(crate) fn entry_path(entry: &File) -> PathBuf {
@@ -145,7 +155,8 @@ pub(crate) fn entry_path(entry: &File) -> PathBuf {
 
 /// Serves the job until its last process has ended. Never returns.
 pub(crate) fn run(resources: Resources) -> ! {
-    let Resources { spec, record, entry, alive, listener, signals, pty, launcher, main_exited } = resources;
+    let Resources { spec, record, entry, alive, listener, signals, pty, launcher, main_exited, fetching } =
+        resources;
     let mut clients = Vec::new();
     if let Some(socket) = launcher {
         // A launcher in the foreground need not ask: the job might be over before it could.
@@ -168,6 +179,8 @@ pub(crate) fn run(resources: Resources) -> ! {
         log: None,
         untold: Vec::new(),
         was_supervised: false,
+        fetching,
+        failed: None,
     };
     if let Some(status) = main_exited {
         supervisor.main_ended(status);
@@ -205,6 +218,8 @@ impl Supervisor {
         if let Some(pty) = self.pty.as_ref().filter(|_| watch_pty) {
             polled.push(PollFd::new(pty.as_fd(), pty_events));
         }
+        let fetched_at = polled.len();
+        polled.extend(self.fetching.iter().map(|f| PollFd::new(f.ended(), PollFlags::POLLIN)));
         let first_client = polled.len();
         for client in &self.clients {
             let mut events = PollFlags::empty();
@@ -234,6 +249,9 @@ impl Supervisor {
         }
         if watch_pty && !happened[2].is_empty() {
             self.serve_terminal(happened[2]);
+        }
+        if first_client > fetched_at && !happened[fetched_at].is_empty() {
+            self.fetching_ended();
         }
         for (index, events) in happened[first_client..].iter().enumerate() {
             if events.contains(PollFlags::POLLOUT) {
@@ -274,7 +292,35 @@ impl Supervisor {
         }
     }
 
+    /// All memory has been fetched, or can't be.
+    fn fetching_ended(&mut self) {
+        let Some(outcome) = self.fetching.as_ref().and_then(|f| f.outcome()) else { return };
+        match outcome {
+            Ok(()) => {
+                self.fetching = None;
+                for client in self.clients.iter_mut().filter(|client| client.waits_to_settle) {
+                    client.waits_to_settle = false;
+                    client.push(Kind::Done, 0, b"");
+                }
+            }
+            Err(_) if self.failed.is_some() => {}
+            Err(why) => {
+                // The threads that wait for memory must never find any other: they are killed while it is still withheld.
+                let _ = self.kill(libc::SIGKILL, KillScope::Everything);
+                self.failed = Some(CORRUPT);
+                let text = format!("the job is ended: {why}");
+                self.note(&format!("ckpt init: {text}"));
+                for client in self.clients.iter_mut().filter(|c| c.attached || c.waits_for.is_some()) {
+                    client.push(Kind::Notice, 0, text.as_bytes());
+                }
+                // Until the last process is gone nothing more is to be heard from it.
+                std::mem::forget(self.fetching.take());
+            }
+        }
+    }
+
     fn main_ended(&mut self, status: ExitStatus) {
+        let status = self.failed.unwrap_or(status);
         self.main_status = Some(status);
         let line = format!("{}\n", status.to_wait_status());
         if let Err(error) = write_entry_file(&entry_path(&self.entry), "exit", line.as_bytes()) {
@@ -499,6 +545,13 @@ impl Supervisor {
                     self.clients[index].push(Kind::DumpSignal, i64::from(signal), b"");
                 }
             }
+            Some(Kind::Settle) => match &self.fetching {
+                Some(fetching) => {
+                    fetching.hurry();
+                    self.clients[index].waits_to_settle = true;
+                }
+                None => self.clients[index].push(Kind::Done, 0, b""),
+            },
             Some(Kind::Attach) => self.attach(index, message.arg),
             Some(Kind::Detach) => {
                 self.clients[index].attached = false;
@@ -659,6 +712,10 @@ impl Supervisor {
             domainname: kernel("domainname"),
             sysv_objects: table("shm") + table("msg"),
             semaphore_sets: table("sem"),
+            missing_memory: self.fetching.as_ref().map(|fetching| {
+                let (missing_bytes, total_bytes) = fetching.missing_bytes();
+                MissingMemory { missing_bytes, total_bytes }
+            }),
         }
     }
 

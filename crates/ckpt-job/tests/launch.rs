@@ -82,7 +82,13 @@ const DAY_NS: i64 = 86_400_000_000_000;
 fn start(context: &mut InitContext) -> Result<Started, StartError> {
     let Work::Restore(payload) = context.spec.work.clone() else { panic!("no payload") };
     let child = |code: i32| ckpt_sys::spawn::fork_child(move || code).unwrap();
-    let ready = |main_pid| Started { main_pid, main_exited: None, release: Box::new(|| Ok(())) };
+    let ready = |main_pid| Started {
+        main_pid,
+        main_exited: None,
+        details: serde_json::Value::Null,
+        fetching: None,
+        release: Box::new(|| Ok(())),
+    };
     match payload["do"].as_str().unwrap() {
         "context" => {
             context.progress.line("half way");

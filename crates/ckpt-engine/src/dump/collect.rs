@@ -74,7 +74,7 @@ fn collect_all(
 }
 
 /// Where code may be written in a process.
-pub(super) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
+pub(crate) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
     p.padding().ok_or_else(|| DumpError::Process {
         pid: p.pid,
         what: "finding its vDSO".into(),
@@ -90,7 +90,8 @@ pub(super) fn no_place(pid: i32) -> DumpError {
     DumpError::Process { pid, what: "finding a free page in its address space".into(), source }
 }
 
-fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {
+/// Starts an injection into a frozen thread.
+pub(crate) fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {
     let missing = || DumpError::Process {
         pid: p.pid,
         what: format!("state of thread {}", t.tid),

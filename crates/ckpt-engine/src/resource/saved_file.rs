@@ -11,6 +11,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::FileStat;
 use crate::restore::build_tree::Build;
+use crate::snapshot::Piece;
 use ckpt_image::codec::{self, Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::libc;
@@ -210,10 +211,15 @@ impl Resource for SavedFileResource {
         for kept in cx.kept {
             let file = kept.file.try_clone().map_err(DumpError::process(0, "reading a file's content"))?;
             let (writer, progress) = (&mut *cx.writer, &mut *cx.progress);
-            crate::snapshot::read_file(&file.into(), kept.bytes, PIECE, &mut |offset, data| {
+            let pace = cx.pace;
+            crate::snapshot::read_file(&file.into(), kept.bytes, PIECE, &mut |piece| {
                 ckpt_sys::hook::point();
-                writer.pages(kept.object, offset, data, ZeroPages::Elide)?;
-                progress(data.len() as u64);
+                // Holes are not stored, and zero pages are none.
+                if let Piece::Data(offset, data) = piece {
+                    writer.pages(kept.object, offset, data, ZeroPages::Elide)?;
+                    progress(data.len() as u64);
+                    pace.wait(writer.bytes_written());
+                }
                 Ok(())
             })?;
         }

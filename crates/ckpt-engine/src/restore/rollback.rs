@@ -233,8 +233,7 @@ enum Content {
 fn write_content(image: &Image, file: &File, record: &SavedFileRecord) -> Result<(), Content> {
     file.set_len(record.stat.size).map_err(Content::Io)?;
     if let Some(object) = record.object {
-        fill_memory::fill_from(image, file, object, record.stat.size, &mut Vec::new())
-            .map_err(Content::Image)?;
+        fill_memory::fill_from(image, file, object, record.stat.size).map_err(Content::Image)?;
     }
     let finish = || {
         if nix::unistd::geteuid().is_root() {
