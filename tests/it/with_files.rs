@@ -15,7 +15,7 @@ use ckpt_tests::{
     user::Users,
 };
 
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(240);
 const CONFLICT: i32 = 113;
 
 fn io<T>(result: std::io::Result<T>, what: &str) -> Outcome<T> {
