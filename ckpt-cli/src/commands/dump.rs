@@ -48,6 +48,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     }
     let engine = engine(args)?;
     let info = job_info::of(&job);
+    let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
     ckpt_engine::dump::check(&info)?;
     let claim = match &args.dir {
@@ -71,6 +72,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         },
         engine: engine.as_ref(),
         stop: args.stop,
+        with_files: args.with_files || with_files,
         io_limit: args.io_limit,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {

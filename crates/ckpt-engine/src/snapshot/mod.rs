@@ -183,7 +183,11 @@ pub fn read_source(source: &Source, piece: usize, sink: &mut Sink<'_>) -> Result
     }
 }
 
-fn read_file(fd: &OwnedFd, bytes: u64, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+/// Reads all data of a file, in whole pages.
+///
+/// # Errors
+/// If it can't be read, and those of the sink.
+pub fn read_file(fd: &OwnedFd, bytes: u64, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
     use ckpt_sys::memory::PAGE;
     use std::os::unix::fs::FileExt;
     let err =
