@@ -4,9 +4,11 @@
 use super::freeze::FrozenJob;
 use crate::error::DumpError;
 use crate::kind::Kind;
-use crate::model::process::{Process, Task};
+use crate::model::Job;
+use crate::model::process::{Frozen, Process, Task};
 use crate::resource::{At, Collect, Collected, Resource, in_order};
-use ckpt_sys::inject::{Live, NO_CALL, Padding, SCRATCH_BYTES};
+use ckpt_sys::inject::{Live, NO_CALL, Padding, Query, SCRATCH_BYTES, Start};
+use ckpt_sys::libc;
 use ckpt_sys::memory::Forced;
 
 /// Runs all kinds over the job, its open files, its processes and their threads.
@@ -43,6 +45,7 @@ pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Col
             if t.tid == p.pid
                 && let Some(o) = &mut opened
             {
+                o.live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
                 step(Some(&mut o.live), At::Process(p), None, &mut out, warnings)?;
                 step(Some(&mut o.live), At::Thread(p, t), None, &mut out, warnings)?;
                 // The other threads have theirs at the same place.
@@ -51,13 +54,21 @@ pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Col
             }
             let mut live = open(p, t, &memory, padding)?;
             if t.tid == p.pid {
+                live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
                 step(Some(&mut live), At::Process(p), None, &mut out, warnings)?;
+            } else {
+                live.prefetch(&asks(&order, job, &[At::Thread(p, t)]))?;
             }
             step(Some(&mut live), At::Thread(p, t), None, &mut out, warnings)?;
             live.close(&memory)?;
         }
     }
     Ok(out)
+}
+
+/// What all kinds will ask there.
+fn asks(order: &[&dyn Resource], job: &Job, at: &[At<'_>]) -> Vec<Query> {
+    at.iter().flat_map(|at| order.iter().flat_map(|r| r.asks(job, *at))).collect()
 }
 
 fn collect_all(
@@ -98,5 +109,17 @@ fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live
     };
     let frozen = t.frozen.as_ref().ok_or_else(missing)?;
     let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
-    Ok(Live::open(t.host, memory, padding, scratch, &frozen.registers, frozen.quiet, NO_CALL)?)
+    let (registers, quiet, bell) = (frozen.registers, frozen.quiet, bell(p, frozen));
+    Ok(Live::open(t.host, memory, Start { padding, scratch, registers, quiet, last: NO_CALL, bell })?)
+}
+
+/// A signal that the thread does not block and its process ignores, 0 if there is none. One that is ignored by default
+/// comes first: no program minds such a signal, should a handler be installed just when the dumper is killed.
+pub(super) fn bell(p: &Process, frozen: &Frozen) -> i32 {
+    let has = |mask: u64, signal: i32| mask >> (signal - 1) & 1 != 0;
+    let by_default = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
+    let (handled, ignored) = (p.status.sigcgt, p.status.sigign);
+    let unhandled = by_default.into_iter().filter(|s| !has(handled, *s));
+    let standard = (1..32).filter(|s| *s != libc::SIGCONT && has(ignored, *s));
+    unhandled.chain(standard).find(|s| !has(frozen.mask, *s)).unwrap_or(0)
 }

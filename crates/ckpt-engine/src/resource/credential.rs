@@ -7,9 +7,11 @@
 use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
+use crate::model::Job;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::Query;
 use ckpt_sys::libc;
 use procfs::process::Status;
 
@@ -33,6 +35,14 @@ pub struct CredentialRecord {
     pub no_new_privs: bool,
     /// PR_SET_PDEATHSIG, which a change of ids resets.
     pub parent_death_signal: i32,
+}
+
+fn ask_securebits() -> Query {
+    Query::number(libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])
+}
+
+fn ask_parent_death_signal() -> Query {
+    Query::filling(libc::SYS_prctl, [PR_GET_PDEATHSIG, 0, 0, 0, 0, 0], 1, 4)
 }
 
 /// The kind.
@@ -66,6 +76,13 @@ impl Resource for CredentialResource {
         ]
     }
 
+    fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
+        match at {
+            At::Thread(..) => vec![ask_securebits(), ask_parent_death_signal()],
+            _ => Vec::new(),
+        }
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Thread(p, t) = at else { return Ok(()) };
         let status = procfs::process::Process::new(p.host.as_raw())
@@ -73,9 +90,8 @@ impl Resource for CredentialResource {
             .and_then(|t| t.status())
             .map_err(|e| std::io::Error::other(e.to_string()))
             .map_err(DumpError::process(p.pid, format!("credentials of thread {}", t.tid)))?;
-        let securebits =
-            cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])?;
-        let (_, signal) = cx.live().query::<4>(libc::SYS_prctl, |at| [PR_GET_PDEATHSIG, at, 0, 0, 0, 0])?;
+        let securebits = cx.live().number("prctl", &ask_securebits())?;
+        let (_, signal) = cx.live().query::<4>(&ask_parent_death_signal())?;
         let s: Status = status;
         let groups = s.groups.clone();
         let record = CredentialRecord {

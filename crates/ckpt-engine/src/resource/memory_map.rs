@@ -17,6 +17,7 @@ use crate::snapshot::{From, Range, Source};
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::area::AREA_BYTES;
+use ckpt_sys::inject::Query;
 use ckpt_sys::memory::PAGE;
 use ckpt_sys::{Errno, Pid, libc};
 
@@ -160,6 +161,11 @@ const ADVICE: &[(&str, i32)] = &[
     ("nh", libc::MADV_NOHUGEPAGE),
     ("mg", libc::MADV_MERGEABLE),
 ];
+
+/// The end of the heap: with an address that is not possible, brk(2) only tells it.
+fn ask_brk() -> Query {
+    Query::number(libc::SYS_brk, [0; 6])
+}
 
 /// The kind.
 #[derive(Debug)]
@@ -322,7 +328,7 @@ impl MemoryMapResource {
                 name: name.as_bytes().to_vec(),
             });
         }
-        let brk = cx.live().call("brk", libc::SYS_brk, [0; 6])?;
+        let brk = cx.live().number("brk", &ask_brk())?;
         let s = &p.stat;
         let n = |v: Option<u64>| v.unwrap_or(0);
         let fields = [
@@ -484,6 +490,10 @@ impl Resource for MemoryMapResource {
                 refusals.process(p.pid, what, "put it back, or restart the program from the new one");
             }
         }
+    }
+
+    fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
+        if matches!(at, At::Process(_)) { vec![ask_brk()] } else { Vec::new() }
     }
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {

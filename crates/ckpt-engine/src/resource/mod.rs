@@ -33,7 +33,7 @@ use crate::restore::build_tree::Build;
 use crate::snapshot::{Snapshot, Source};
 use ckpt_image::codec::{self, Decode, Encode};
 use ckpt_image::{Record, Writer};
-use ckpt_sys::inject::Live;
+use ckpt_sys::inject::{Live, Query};
 
 /// What a step is about.
 #[derive(Debug, Clone, Copy)]
@@ -201,6 +201,9 @@ pub trait Resource: Sync {
     fn claims(&self, job: &Job, file: &OpenFile) -> bool;
     /// Finds what can't be saved.
     fn probe(&self, job: &Job, refusals: &mut Refusals);
+    /// The calls that [`Resource::collect`] will ask a process or thread for. They are made all at once; what is
+    /// left out here is asked when it is needed, which costs the job time.
+    fn asks(&self, job: &Job, at: At<'_>) -> Vec<Query>;
     /// Saves state of the frozen job.
     ///
     /// # Errors
@@ -244,6 +247,11 @@ macro_rules! nothing_to_do {
     (@ after) => { fn after(&self) -> &'static [$crate::kind::Kind] { &[] } };
     (@ claims) => {
         fn claims(&self, _: &$crate::model::Job, _: &$crate::model::file::OpenFile) -> bool { false }
+    };
+    (@ asks) => {
+        fn asks(&self, _: &$crate::model::Job, _: $crate::resource::At<'_>) -> Vec<ckpt_sys::inject::Query> {
+            Vec::new()
+        }
     };
     (@ probe) => { fn probe(&self, _: &$crate::model::Job, _: &mut $crate::error::Refusals) {} };
     (@ content) => {

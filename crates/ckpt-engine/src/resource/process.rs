@@ -10,6 +10,7 @@ use crate::model::process::Process;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::Query;
 use ckpt_sys::{Pid, libc};
 
 /// Version of [`ProcessRecord`].
@@ -56,6 +57,18 @@ impl ProcessRecord {
             comm: Vec::new(),
         }
     }
+}
+
+/// Whether a child has stopped and its parent not been told, asked in the parent without taking the answer away.
+fn ask_untold(child: i32) -> Query {
+    let options = (libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT) as u64;
+    Query::filling(libc::SYS_waitid, [u64::from(libc::P_PID), child as u64, 0, options, 0, 0], 2, 128)
+}
+
+/// Children of a process that job control has stopped.
+fn stopped_children(job: &Job, p: &Process) -> Vec<i32> {
+    let none = p.zombie.is_some();
+    job.live().filter(|c| !none && c.ppid == p.pid && c.stopped).map(|c| c.pid).collect()
 }
 
 /// The kind.
@@ -106,17 +119,18 @@ impl Resource for ProcessResource {
         }
     }
 
+    fn asks(&self, job: &Job, at: At<'_>) -> Vec<Query> {
+        match at {
+            At::Process(p) => stopped_children(job, p).into_iter().map(ask_untold).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
-        let children: Vec<i32> =
-            cx.job.live().filter(|c| c.ppid == p.pid && c.stopped).map(|c| c.pid).collect();
         let mut untold_stops = Vec::new();
-        for child in children.into_iter().filter(|_| p.zombie.is_none()) {
-            // Asked in the parent, without taking the answer away.
-            let options = (libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT) as u64;
-            let who = u64::from(libc::P_PID);
-            let (n, info) =
-                cx.live().query::<128>(libc::SYS_waitid, |at| [who, child as u64, at, options, 0, 0])?;
+        for child in stopped_children(cx.job, p) {
+            let (n, info) = cx.live().query::<128>(&ask_untold(child))?;
             // si_signo is SIGCHLD if there is something to tell.
             if n == 0 && info[0] != 0 {
                 untold_stops.push(child);
