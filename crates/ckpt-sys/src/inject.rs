@@ -101,10 +101,9 @@ impl Padding {
         Ok(Padding { start: start.min(vdso.end), end: vdso.end })
     }
 
-    /// What remains of it while `live`, which was opened at its start, is under way: another task of the process may
-    /// have an injection there.
-    pub fn beside(&self, live: &Live) -> Padding {
-        let start = (self.start + live.block_bytes as u64).next_multiple_of(16);
+    /// The place for a second injection into the process, behind the first.
+    pub fn beside(&self) -> Padding {
+        let start = (self.start + arch::live_block_bytes()).next_multiple_of(16);
         Padding { start: start.min(self.end), end: self.end }
     }
 }
@@ -157,6 +156,8 @@ pub struct Start {
     pub scratch: u64,
     /// The registers to go on with.
     pub registers: Registers,
+    /// The signals that it blocks.
+    pub mask: u64,
     /// No deliverable signal is pending.
     pub quiet: bool,
     /// The task makes this call before it goes on, whether told to by [`Live::close`] or left to finish by itself, and
@@ -172,10 +173,11 @@ pub struct Start {
 pub struct Live {
     pid: Pid,
     block_bytes: usize,
-    mask: u64,
     start: Start,
     mapped: bool,
     stop_again: bool,
+    /// It stands where it has rung, and has done nothing since.
+    at_bell: bool,
     /// Answers to queries that were asked in one batch: the query, its result, and where its bytes are in `filled`.
     answers: Vec<(Query, i64, usize)>,
     filled: Vec<u8>,
@@ -188,8 +190,7 @@ impl Live {
     /// [`InjectError::NoRoom`], or what ptrace gives; the task is then as it was.
     pub fn open(pid: Pid, memory: &Forced, start: Start) -> Result<Live, InjectError> {
         let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
-        let mask = ptrace::signal_mask(pid).map_err(err("get signal mask"))?;
-        let (registers, last) = (start.registers, start.last);
+        let Start { registers, mask, last, .. } = start;
         let finish = LiveFinish { scratch: (start.scratch, SCRATCH_BYTES), mask, last, registers };
         let block = arch::live_block(&finish, start.quiet);
         let Padding { start: at, end } = start.padding;
@@ -199,7 +200,16 @@ impl Live {
         memory.write(at, &block).map_err(|source| InjectError::Memory { pid, source })?;
         let block_bytes = block.len();
         let (answers, filled) = (Vec::new(), Vec::new());
-        let live = Live { pid, block_bytes, mask, start, mapped: false, stop_again: false, answers, filled };
+        let live = Live {
+            pid,
+            block_bytes,
+            start,
+            at_bell: false,
+            mapped: false,
+            stop_again: false,
+            answers,
+            filled,
+        };
         // From here on the task finishes by itself: first the registers, then the mask, which the block puts back.
         let (nr, args) = NO_CALL;
         ptrace::set_registers(pid, &arch::live_call(&registers, at, start.bell, nr, args))
@@ -260,6 +270,7 @@ impl Live {
                 Stop::Signal(n) if n == self.start.bell => {
                     let now = ptrace::registers(pid).map_err(err("get registers"))?;
                     if now.rip == rung {
+                        self.at_bell = true;
                         return Ok(now);
                     }
                     // From somebody else: the task would have ignored it.
@@ -353,6 +364,12 @@ impl Live {
         Ok(self.start.scratch)
     }
 
+    /// Takes over the scratch pages of `before`, an injection into another task of the process with the same address for
+    /// them, in another place. Until `before` is closed neither may be asked anything: if the tracer dies, both unmap them.
+    pub fn inherit_scratch(&mut self, before: &mut Live) {
+        self.mapped = std::mem::take(&mut before.mapped);
+    }
+
     /// Unmaps the scratch pages, so that an injection into another task of the process may have its own there.
     ///
     /// # Errors
@@ -396,7 +413,8 @@ impl Live {
         self.checked(what, n)
     }
 
-    /// Ends the injection: the task is back in an EVENT_STOP with everything as it was.
+    /// Ends the injection: the task is stopped with everything as it was. Where it has rung the kernel has not looked yet
+    /// at whether a call is to be restarted, as in an EVENT_STOP.
     ///
     /// # Errors
     /// If the task could not be driven; it then finishes by itself.
@@ -408,8 +426,10 @@ impl Live {
             let (nr, args) = self.start.last;
             self.call("undoing what was changed", nr, args)?;
         }
-        ptrace::interrupt(pid).map_err(err("interrupt"))?;
-        loop {
+        if !self.at_bell {
+            ptrace::interrupt(pid).map_err(err("interrupt"))?;
+        }
+        while !self.at_bell {
             ptrace::cont(pid, 0).map_err(err("continue"))?;
             match ptrace::wait(pid).map_err(err("wait"))? {
                 Stop::Event { .. } => break,
@@ -421,7 +441,7 @@ impl Live {
         if self.stop_again {
             crate::task::kill(pid, libc::SIGSTOP).map_err(err("sending SIGSTOP again"))?;
         }
-        ptrace::set_signal_mask(pid, self.mask).map_err(err("set signal mask"))?;
+        ptrace::set_signal_mask(pid, self.start.mask).map_err(err("set signal mask"))?;
         ptrace::set_registers(pid, &arch::resume_live(&self.start.registers, self.start.quiet))
             .map_err(err("set registers"))?;
         memory

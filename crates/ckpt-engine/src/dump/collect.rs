@@ -40,19 +40,34 @@ pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Col
         let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
         let mut opened = opened.get(p.pid);
         let padding = opened.as_ref().map_or_else(|| padding_of(p), |o| Ok(o.padding))?;
-        for t in &p.threads {
-            let _beside = ckpt_sys::task::Beside::task(t.host);
-            if t.tid == p.pid
-                && let Some(o) = &mut opened
+        let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
+        let mut beside = ckpt_sys::task::Beside::default();
+        if let Some(o) = &mut opened {
+            let t = &p.threads[0];
+            beside.task(t.host);
+            o.live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
+            step(Some(&mut o.live), At::Process(p), None, &mut out, warnings)?;
+            step(Some(&mut o.live), At::Thread(p, t), None, &mut out, warnings)?;
+            // The other threads have theirs at the same place.
+            o.live.release_scratch()?;
+        }
+        // Each thread's code stands before that of the thread before is taken away, so that there is always one to unmap
+        // the scratch pages. That of a process made dumpable has one place only, and would unmap them at any time.
+        let second = opened.is_none().then(|| padding.beside());
+        let mut before: Option<Live> = None;
+        for (i, t) in p.threads.iter().enumerate().skip(usize::from(opened.is_some())) {
+            beside.task(t.host);
+            let place = second.filter(|_| i % 2 == 1).unwrap_or(padding);
+            if second.is_none()
+                && let Some(last) = before.take()
             {
-                o.live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
-                step(Some(&mut o.live), At::Process(p), None, &mut out, warnings)?;
-                step(Some(&mut o.live), At::Thread(p, t), None, &mut out, warnings)?;
-                // The other threads have theirs at the same place.
-                o.live.release_scratch()?;
-                continue;
+                last.close(&memory)?;
             }
-            let mut live = open(p, t, &memory, padding)?;
+            let mut live = open(p, t, &memory, place, scratch)?;
+            if let Some(mut last) = before.take() {
+                live.inherit_scratch(&mut last);
+                last.close(&memory)?;
+            }
             if t.tid == p.pid {
                 live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
                 step(Some(&mut live), At::Process(p), None, &mut out, warnings)?;
@@ -60,7 +75,10 @@ pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Col
                 live.prefetch(&asks(&order, job, &[At::Thread(p, t)]))?;
             }
             step(Some(&mut live), At::Thread(p, t), None, &mut out, warnings)?;
-            live.close(&memory)?;
+            before = Some(live);
+        }
+        if let Some(last) = before {
+            last.close(&memory)?;
         }
     }
     Ok(out)
@@ -101,16 +119,16 @@ pub(super) fn no_place(pid: i32) -> DumpError {
     DumpError::Process { pid, what: "finding a free page in its address space".into(), source }
 }
 
-fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {
+fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding, scratch: u64) -> Result<Live, DumpError> {
     let missing = || DumpError::Process {
         pid: p.pid,
         what: format!("state of thread {}", t.tid),
         source: std::io::Error::from(std::io::ErrorKind::NotFound),
     };
     let frozen = t.frozen.as_ref().ok_or_else(missing)?;
-    let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
-    let (registers, quiet, bell) = (frozen.registers, frozen.quiet, bell(p, frozen));
-    Ok(Live::open(t.host, memory, Start { padding, scratch, registers, quiet, last: NO_CALL, bell })?)
+    let Frozen { registers, mask, quiet } = *frozen;
+    let start = Start { padding, scratch, registers, mask, quiet, last: NO_CALL, bell: bell(p, frozen) };
+    Ok(Live::open(t.host, memory, start)?)
 }
 
 /// A signal that the thread does not block and its process ignores, 0 if there is none. One that is ignored by default

@@ -61,9 +61,11 @@ impl MadeDumpable {
         let memory = Forced::by_words(p.host);
         let padding = padding_of(p)?;
         let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
-        let (registers, quiet, bell) = (leader.registers, leader.quiet, bell(p, &leader));
-        let start =
-            |last| Live::open(p.host, &memory, Start { padding, scratch, registers, quiet, last, bell });
+        let Frozen { registers, mask, quiet } = leader;
+        let bell = bell(p, &leader);
+        let start = |last| {
+            Live::open(p.host, &memory, Start { padding, scratch, registers, mask, quiet, last, bell })
+        };
         let prctl = |option: i32, value: u64| (libc::SYS_prctl, [option as u64, value, 0, 0, 0, 0]);
         let (get, get_args) = prctl(libc::PR_GET_DUMPABLE, 0);
         let mut live = start(NO_CALL)?;
@@ -78,7 +80,7 @@ impl MadeDumpable {
         let mut live = start(prctl(libc::PR_SET_DUMPABLE, value))?;
         let (set, set_args) = prctl(libc::PR_SET_DUMPABLE, 1);
         live.call("PR_SET_DUMPABLE", set, set_args)?;
-        let beside = padding.beside(&live);
+        let beside = padding.beside();
         let value = value as u32;
         self.0.insert(p.pid, Opened { live, frozen: leader, padding: beside, value, memory });
         Ok(true)

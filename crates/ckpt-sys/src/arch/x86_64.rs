@@ -355,6 +355,12 @@ pub fn live_call(base: &Registers, block: u64, bell: i32, nr: i64, args: [u64; 6
     r
 }
 
+/// Bytes of a live block.
+pub fn live_block_bytes() -> u64 {
+    // SAFETY: both symbols bound the one read-only section defined above, start before end.
+    unsafe { (&raw const ckpt_live_end).offset_from(&raw const ckpt_live_start) as u64 }
+}
+
 /// The result of [`live_call`] when the bell has been rung.
 pub fn live_result(r: &Registers) -> i64 {
     r.rbp as i64
