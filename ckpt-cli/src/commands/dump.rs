@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `ckpt dump`: save all of a job. This process is the dumper: whatever kills it leaves the job running.
 
+use std::num::NonZeroU64;
+
 use anyhow::{Context as _, Result};
 use ckpt_engine::dump::{DumpRequest, dump};
 use ckpt_engine::error::DumpError;
 use ckpt_engine::snapshot::Engine;
 use ckpt_engine::snapshot::copy::Copy;
+use ckpt_engine::snapshot::cow::Cow;
 use ckpt_image::store::{Claim, Store, free_bytes};
 use ckpt_image::{Compression, WriteError};
 
-use crate::args::{self, DumpArgs};
+use crate::args::{self, DumpArgs, EngineChoice};
 use crate::commands::{job_info, store_directory};
 use crate::exit_code::ExitCode;
 use crate::report::Report;
@@ -26,6 +29,9 @@ struct Outcome<'a> {
     threads: usize,
     memory_bytes: u64,
     engine: &'a str,
+    engine_reasons: &'a [String],
+    held_bytes: u64,
+    duplicated_bytes: u64,
     warnings: &'a [String],
 }
 
@@ -48,7 +54,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             Store::open(&root)?.claim(name.as_str())?
         }
     };
-    let engine = engine();
+    let engine = engine(args);
     let outcome = dump(DumpRequest {
         info,
         dir: claim.dir(),
@@ -57,8 +63,9 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             args::Compression::Lz4 => Compression::Lz4,
             args::Compression::Zstd => Compression::Zstd,
         },
-        engine,
+        engine: engine.as_ref(),
         stop: args.stop,
+        io_limit: args.io_limit,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {
             report.progress(&format!("{name}: {} of {} MiB", done >> 20, all >> 20));
@@ -91,6 +98,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     for w in &outcome.warnings {
         report.warning(w);
     }
+    let account = &outcome.account;
     if args.json {
         let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
         report.print_json(&Outcome {
@@ -102,32 +110,42 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             processes: outcome.processes,
             threads: outcome.threads,
             memory_bytes: outcome.memory_bytes,
-            engine: engine.name(),
+            engine: account.engine,
+            engine_reasons: &account.reasons,
+            held_bytes: account.held_bytes,
+            duplicated_bytes: account.duplicated_bytes,
             warnings: &outcome.warnings,
         })?;
     } else {
         let pause = outcome.pause.as_secs_f64() * 1000.0;
         let (processes, threads) = (outcome.processes, outcome.threads);
+        let mib = |bytes: u64| bytes as f64 / 1_048_576.0;
         report.print(&format!(
-            "{checkpoint}: {:.1} MiB, {processes} processes, {threads} threads, stood still for {pause:.1} ms",
-            bytes as f64 / 1_048_576.0
+            "{checkpoint}: {:.1} MiB, {processes} processes, {threads} threads, stood still for {pause:.1} ms\n\
+             engine {}: {:.1} MiB copied while it stood still, {:.1} MiB duplicated since",
+            mib(bytes),
+            account.engine,
+            mib(account.held_bytes),
+            mib(account.duplicated_bytes)
         ));
+        account.reasons.iter().for_each(|reason| report.print(&format!("  {reason}")));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-#[cfg(not(feature = "test-hooks"))]
-fn engine() -> &'static dyn Engine {
-    &Copy
-}
-
-/// Tests may choose the second engine, which keeps the seam honest.
-#[cfg(feature = "test-hooks")]
-fn engine() -> &'static dyn Engine {
+fn engine(args: &DumpArgs) -> Box<dyn Engine> {
+    // Tests may choose an engine that shares nothing with the others but the seam, and keeps that honest.
+    #[cfg(feature = "test-hooks")]
     if std::env::var_os("CKPT_TEST_ENGINE").is_some_and(|v| v == "spill") {
-        return &ckpt_engine::snapshot::spill::Spill;
+        return Box::new(ckpt_engine::snapshot::spill::Spill);
     }
-    &Copy
+    match args.engine {
+        EngineChoice::Auto | EngineChoice::Cow => {
+            let duplicate_limit_bytes = args.duplicate_limit.map(NonZeroU64::get);
+            Box::new(Cow { duplicate_limit_bytes })
+        }
+        EngineChoice::Copy => Box::new(Copy),
+    }
 }
 
 /// The exit code for a failed dump.

@@ -40,7 +40,7 @@ pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Col
         let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
         let mut opened = opened.get(p.pid);
         let padding = opened.as_ref().map_or_else(|| padding_of(p), |o| Ok(o.padding))?;
-        let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
+        let scratch = scratch_of(p)?;
         let mut beside = ckpt_sys::task::Beside::default();
         if let Some(o) = &mut opened {
             let t = &p.threads[0];
@@ -103,7 +103,7 @@ fn collect_all(
 }
 
 /// Where code may be written in a process.
-pub(super) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
+pub(crate) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
     p.padding().ok_or_else(|| DumpError::Process {
         pid: p.pid,
         what: "finding its vDSO".into(),
@@ -113,13 +113,25 @@ pub(super) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
     })
 }
 
-/// The error of a process whose address space is full.
-pub(super) fn no_place(pid: i32) -> DumpError {
-    let source = std::io::Error::from(std::io::ErrorKind::OutOfMemory);
-    DumpError::Process { pid, what: "finding a free page in its address space".into(), source }
+/// Where an injection may map its scratch pages.
+///
+/// # Errors
+/// If its address space is full.
+pub(crate) fn scratch_of(p: &Process) -> Result<u64, DumpError> {
+    p.hole(SCRATCH_BYTES).ok_or_else(|| {
+        let source = std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+        DumpError::Process { pid: p.pid, what: "finding free pages in its address space".into(), source }
+    })
 }
 
-fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding, scratch: u64) -> Result<Live, DumpError> {
+/// Starts an injection into a frozen thread, with [`SCRATCH_BYTES`] at `scratch` where nothing is mapped.
+pub(crate) fn open(
+    p: &Process,
+    t: &Task,
+    memory: &Forced,
+    padding: Padding,
+    scratch: u64,
+) -> Result<Live, DumpError> {
     let missing = || DumpError::Process {
         pid: p.pid,
         what: format!("state of thread {}", t.tid),

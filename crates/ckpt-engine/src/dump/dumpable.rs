@@ -6,11 +6,11 @@
 //! injected code puts the old value back before the thread goes on. Processes without a value that can be put back are
 //! refused.
 
-use super::collect::{bell, no_place, padding_of};
+use super::collect::{bell, padding_of, scratch_of};
 use crate::error::{DumpError, Refusals};
 use crate::model::process::{Frozen, Process};
 use crate::resource::process::is_filtered;
-use ckpt_sys::inject::{Live, NO_CALL, Padding, SCRATCH_BYTES, Start};
+use ckpt_sys::inject::{Live, NO_CALL, Padding, Start};
 use ckpt_sys::memory::Forced;
 use ckpt_sys::{arch, libc};
 use std::collections::BTreeMap;
@@ -60,7 +60,7 @@ impl MadeDumpable {
         }
         let memory = Forced::by_words(p.host);
         let padding = padding_of(p)?;
-        let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
+        let scratch = scratch_of(p)?;
         let Frozen { registers, mask, quiet } = leader;
         let bell = bell(p, &leader);
         let start = |last| {

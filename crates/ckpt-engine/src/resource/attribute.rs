@@ -81,10 +81,14 @@ impl Resource for AttributeResource {
         let thp_disabled = live.number("prctl", &ask(libc::PR_GET_THP_DISABLE))? != 0;
         let (_, reaper) = live.query::<4>(&ask_subreaper())?;
         let personality = live.number("personality", &ask_personality())? as u32;
+        let subreaper = i32::from_le_bytes(reaper) != 0;
+        if subreaper {
+            cx.out.subreapers.insert(p.pid);
+        }
         let record = AttributeRecord {
             personality,
             dumpable,
-            subreaper: i32::from_le_bytes(reaper) != 0,
+            subreaper,
             thp_disabled,
             oom_score_adj: oom.trim().parse().unwrap_or(0),
         };
