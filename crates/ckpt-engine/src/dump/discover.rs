@@ -28,7 +28,7 @@ pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
     let mut job = loop {
         let mut refusals = Refusals::default();
         let found =
-            Job::observe(info, &mut refusals).and_then(|mut job| examine(&mut job, refusals).map(|()| job));
+            Job::observe(info, None, &mut refusals).and_then(|mut job| examine(&mut job, refusals).map(|()| job));
         match found {
             Ok(job) => break job,
             Err(DumpError::JobEnded) => return Err(DumpError::JobEnded),

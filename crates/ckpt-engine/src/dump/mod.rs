@@ -98,7 +98,7 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     barrier::prepare(&found.job);
     phases.end("barrier");
     let started = Instant::now();
-    let mut frozen = freeze::freeze(&info, &mut phases)?;
+    let mut frozen = freeze::freeze(&found.job, &mut phases)?;
     frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
     let collected = collect::collect(&mut frozen, &mut warnings)?;

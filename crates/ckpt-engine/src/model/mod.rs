@@ -111,19 +111,25 @@ fn same_objects<T: Copy>(
 }
 
 impl Job {
-    /// Observes all processes below init. What vanishes while it looks is left out.
+    /// Observes all processes below init, with the help of what was seen `before`. What vanishes while it looks is left
+    /// out.
     ///
     /// # Errors
     /// [`DumpError::JobEnded`], or what reading /proc gives.
-    pub fn observe(info: &JobInfo, refusals: &mut Refusals) -> Result<Job, DumpError> {
-        let mut job = Job { info: info.clone(), ..Job::default() };
+    pub fn observe(
+        info: &JobInfo,
+        before: Option<&Job>,
+        refusals: &mut Refusals,
+    ) -> Result<Job, DumpError> {
+        let order = before.map_or_else(HashMap::new, |b| b.order.clone());
+        let mut job = Job { info: info.clone(), order, ..Job::default() };
         let mut inner = HashMap::from([(info.init, 1)]);
         let mut pending = process::children(info.init);
         while let Some(host) = pending.pop() {
             let Some(p) = Process::observe(host, &inner)? else { continue };
             inner.insert(host, p.pid);
             job.groups.insert(p.host_pgid, p.pgid);
-            pending.extend(process::children(host));
+            pending.extend(p.children.iter().copied());
             job.processes.push(p);
         }
         if job.live().next().is_none() {

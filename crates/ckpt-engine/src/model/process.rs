@@ -10,6 +10,7 @@ use ckpt_sys::inject::Padding;
 use procfs::process::{Stat, Status};
 use std::collections::HashMap;
 use std::io::ErrorKind;
+use std::path::Path;
 
 /// A thread.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct Task {
     pub tid: i32,
     /// Its id, as ckpt sees it.
     pub host: Pid,
+    /// Text of its /proc/pid/task/tid/status.
+    pub status: Vec<u8>,
     /// Its state when frozen.
     pub frozen: Option<Frozen>,
 }
@@ -58,6 +61,8 @@ pub struct Process {
     pub status: Status,
     /// Its threads, the leader first.
     pub threads: Vec<Task>,
+    /// Children of all its threads, as ckpt sees them.
+    pub children: Vec<i32>,
     /// Its mappings, sorted.
     pub vmas: Vec<Vma>,
     /// Its descriptors, sorted by number.
@@ -68,12 +73,35 @@ pub struct Process {
     pub dumpable: Option<u32>,
 }
 
+/// Bytes of a file of /proc, most of which are short: in one read, without asking for a length that it doesn't have.
+///
+/// # Errors
+/// What reading gives.
+pub fn read_proc(path: impl AsRef<Path>) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut file = std::fs::File::open(path)?;
+    let mut bytes = vec![0; 4096];
+    let mut used = 0;
+    loop {
+        match file.read(&mut bytes[used..])? {
+            0 => break,
+            n => used += n,
+        }
+        if used == bytes.len() {
+            bytes.resize(2 * used, 0);
+        }
+    }
+    bytes.truncate(used);
+    Ok(bytes)
+}
+
 /// Children of all threads of a process, as ckpt sees them; none if it is gone.
 pub fn children(host: i32) -> Vec<i32> {
     let mut all = Vec::new();
     let Ok(dir) = std::fs::read_dir(format!("/proc/{host}/task")) else { return all };
     for t in dir.flatten() {
-        let text = std::fs::read_to_string(t.path().join("children")).unwrap_or_default();
+        let text = read_proc(t.path().join("children")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
         all.extend(text.split_whitespace().filter_map(|n| n.parse::<i32>().ok()));
     }
     all
@@ -103,13 +131,17 @@ impl Process {
         let status = proc.status().map_err(io)?;
         let pid = last(status.nspid.as_ref());
         let zombie = matches!(stat.state, 'Z' | 'X').then(|| stat.exit_code.unwrap_or(0));
-        let mut threads = Vec::new();
+        let (mut threads, mut children) = (Vec::new(), Vec::new());
         for t in std::fs::read_dir(format!("/proc/{host}/task"))?.flatten() {
             let Some(tid) = t.file_name().to_str().and_then(|s| s.parse::<i32>().ok()) else { continue };
-            let Ok(text) = std::fs::read_to_string(t.path().join("status")) else { continue };
+            let Ok(status) = read_proc(t.path().join("status")) else { continue };
+            let text = String::from_utf8_lossy(&status);
             let ns = text.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap_or_default();
             let Some(inside) = ns.split_whitespace().last().and_then(|s| s.parse().ok()) else { continue };
-            threads.push(Task { tid: inside, host: Pid::from_raw(tid), frozen: None });
+            let list = read_proc(t.path().join("children")).unwrap_or_default();
+            let list = String::from_utf8_lossy(&list).into_owned();
+            children.extend(list.split_whitespace().filter_map(|n| n.parse::<i32>().ok()));
+            threads.push(Task { tid: inside, host: Pid::from_raw(tid), status, frozen: None });
         }
         threads.sort_by_key(|t| (t.host.as_raw() != host, t.tid));
         let vmas = if zombie.is_some() { Vec::new() } else { memory::read_smaps(host)? };
@@ -125,6 +157,7 @@ impl Process {
             stat,
             status,
             threads,
+            children,
             vmas,
             descriptors: Vec::new(),
             closed: false,

@@ -13,6 +13,7 @@ use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::inject::Query;
 use ckpt_sys::libc;
+use procfs::FromRead;
 use procfs::process::Status;
 
 /// Version of [`CredentialRecord`].
@@ -85,9 +86,7 @@ impl Resource for CredentialResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Thread(p, t) = at else { return Ok(()) };
-        let status = procfs::process::Process::new(p.host.as_raw())
-            .and_then(|q| q.task_from_tid(t.host.as_raw()))
-            .and_then(|t| t.status())
+        let status = Status::from_read(t.status.as_slice())
             .map_err(|e| std::io::Error::other(e.to_string()))
             .map_err(DumpError::process(p.pid, format!("credentials of thread {}", t.tid)))?;
         let securebits = cx.live().number("prctl", &ask_securebits())?;

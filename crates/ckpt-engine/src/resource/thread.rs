@@ -39,6 +39,10 @@ fn ask_alternate_stack() -> Query {
     Query::filling(libc::SYS_sigaltstack, [0; 6], 1, 24)
 }
 
+fn ask_name() -> Query {
+    Query::filling(libc::SYS_prctl, [libc::PR_GET_NAME as u64, 0, 0, 0, 0, 0], 1, 16)
+}
+
 fn ask_tid_address() -> Query {
     Query::filling(libc::SYS_prctl, [PR_GET_TID_ADDRESS, 0, 0, 0, 0, 0], 1, 8)
 }
@@ -73,7 +77,7 @@ impl Resource for ThreadResource {
 
     fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
         match at {
-            At::Thread(..) => vec![ask_alternate_stack(), ask_tid_address()],
+            At::Thread(..) => vec![ask_alternate_stack(), ask_tid_address(), ask_name()],
             _ => Vec::new(),
         }
     }
@@ -88,7 +92,8 @@ impl Resource for ThreadResource {
         let word = |b: &[u8], i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap_or_default());
         let (_, stack) = live.query::<24>(&ask_alternate_stack())?;
         let (_, tid) = live.query::<8>(&ask_tid_address())?;
-        let name = std::fs::read(format!("/proc/{}/task/{}/comm", p.host, t.host)).unwrap_or_default();
+        let (_, name) = live.query::<16>(&ask_name())?;
+        let name = name.split(|b| *b == 0).next().unwrap_or_default().to_vec();
         let record = ThreadRecord {
             registers: arch::registers_to_words(&frozen.registers),
             xstate,
@@ -97,7 +102,7 @@ impl Resource for ThreadResource {
             alternate_stack: (word(&stack, 0), word(&stack, 8) as i32 & !SS_ONSTACK, word(&stack, 16)),
             tid_address: word(&tid, 0),
             robust_list,
-            name: name.strip_suffix(b"\n").unwrap_or(&name).to_vec(),
+            name,
         };
         cx.put(Kind::Thread, VERSION, t.tid as u64, p.pid as u64, &record)
     }
