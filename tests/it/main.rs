@@ -11,6 +11,7 @@ mod external;
 mod files;
 mod image_damage;
 mod interrupted;
+mod late_changes;
 mod locks;
 mod memory;
 mod pipes;

@@ -235,12 +235,12 @@ pub struct Beside {
 }
 
 impl Beside {
-    /// Moves this thread to the CPU on which `tid` ran last, where that is possible.
-    pub fn task(&mut self, tid: Pid) {
+    /// Moves this thread to the CPU on which thread `tid` of `pid` ran last, where that is possible.
+    pub fn task(&mut self, pid: Pid, tid: Pid) {
         let read = || {
             use std::io::Read;
             let mut text = [0; 1024];
-            let n = std::fs::File::open(format!("/proc/{tid}/stat")).ok()?.read(&mut text).ok()?;
+            let n = std::fs::File::open(format!("/proc/{pid}/task/{tid}/stat")).ok()?.read(&mut text).ok()?;
             let text = std::str::from_utf8(&text[..n]).ok()?;
             text.rsplit(')').next()?.split_whitespace().nth(36)?.parse::<usize>().ok()
         };

@@ -15,10 +15,15 @@ use ckpt_sys::memory::Forced;
 ///
 /// # Errors
 /// The first error of a kind.
-pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Collected, DumpError> {
+pub fn collect(
+    frozen: &mut FrozenJob,
+    before: &Job,
+    warnings: &mut Vec<String>,
+) -> Result<Collected, DumpError> {
     let mut out = Collected::default();
     let order = in_order();
     let FrozenJob { job, opened, .. } = frozen;
+    job.build_ids = before.build_ids.clone();
     let job = &*job;
     let step = |live: Option<&mut Live>,
                 at: At<'_>,
@@ -44,7 +49,7 @@ pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Col
         let mut beside = ckpt_sys::task::Beside::default();
         if let Some(o) = &mut opened {
             let t = &p.threads[0];
-            beside.task(t.host);
+            beside.task(p.host, t.host);
             o.live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
             step(Some(&mut o.live), At::Process(p), None, &mut out, warnings)?;
             step(Some(&mut o.live), At::Thread(p, t), None, &mut out, warnings)?;
@@ -56,7 +61,7 @@ pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Col
         let second = opened.is_none().then(|| padding.beside());
         let mut before: Option<Live> = None;
         for (i, t) in p.threads.iter().enumerate().skip(usize::from(opened.is_some())) {
-            beside.task(t.host);
+            beside.task(p.host, t.host);
             let place = second.filter(|_| i % 2 == 1).unwrap_or(padding);
             if second.is_none()
                 && let Some(last) = before.take()

@@ -274,11 +274,12 @@ impl Drop for Tasks {
     }
 }
 
-/// Stops every task of the job, which looked like `before`, and observes what stands still.
+/// Stops every task of the job, which looked like `before`, and observes what stands still. With `assume`, flags of
+/// mappings are assumed to be what they were; [`crate::resource::memory_map::confirm`] finds out.
 ///
 /// # Errors
 /// [`DumpError::NotStopped`] names a task that does not stop; in each case the job runs on.
-pub fn freeze(before: &Job, phases: &mut Phases) -> Result<FrozenJob, DumpError> {
+pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJob, DumpError> {
     let mut tasks = Tasks::default();
     // What *discover* saw is stopped at once; only then does it matter what came since.
     let mut found: Vec<Pid> = before.live().flat_map(|p| &p.threads).map(|t| t.host).collect();
@@ -287,7 +288,7 @@ pub fn freeze(before: &Job, phases: &mut Phases) -> Result<FrozenJob, DumpError>
         tasks.stop(&found)?;
         phases.end("stop");
         let mut refusals = Refusals::default();
-        let job = Job::observe(&before.info, Some(before), &mut refusals)?;
+        let job = Job::observe(&before.info, Some(before), assume, &mut refusals)?;
         // A task that runs may make others: no list is complete before all that it names stand still.
         found = tasks.missing(&job);
         if !found.is_empty() {

@@ -111,14 +111,15 @@ fn same_objects<T: Copy>(
 }
 
 impl Job {
-    /// Observes all processes below init, with the help of what was seen `before`. What vanishes while it looks is left
-    /// out.
+    /// Observes all processes below init, with the help of what was seen `before`; with `assume`, flags of mappings are
+    /// taken from there (see [`Process::assumed_flags`]). What vanishes while it looks is left out.
     ///
     /// # Errors
     /// [`DumpError::JobEnded`], or what reading /proc gives.
     pub fn observe(
         info: &JobInfo,
         before: Option<&Job>,
+        assume: bool,
         refusals: &mut Refusals,
     ) -> Result<Job, DumpError> {
         let order = before.map_or_else(HashMap::new, |b| b.order.clone());
@@ -126,7 +127,11 @@ impl Job {
         let mut inner = HashMap::from([(info.init, 1)]);
         let mut pending = process::children(info.init);
         while let Some(host) = pending.pop() {
-            let Some(p) = Process::observe(host, &inner)? else { continue };
+            let Some(p) =
+                Process::observe(host, &inner, before.and_then(|b| b.seen(host)).filter(|_| assume))?
+            else {
+                continue;
+            };
             inner.insert(host, p.pid);
             job.groups.insert(p.host_pgid, p.pgid);
             pending.extend(p.children.iter().copied());
@@ -249,6 +254,10 @@ impl Job {
     /// Where a file of the job can be looked at from outside: paths are as init has them, whatever root a process has.
     pub fn outside(&self, path: &str) -> String {
         format!("/proc/{}/root{path}", self.info.init)
+    }
+
+    fn seen(&self, host: i32) -> Option<&Process> {
+        self.processes.iter().find(|p| p.host.as_raw() == host)
     }
 
     /// The live processes.

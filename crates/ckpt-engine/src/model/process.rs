@@ -65,6 +65,10 @@ pub struct Process {
     pub children: Vec<i32>,
     /// Its mappings, sorted.
     pub vmas: Vec<Vma>,
+    /// The flags of its mappings are those that they had before it was frozen, where it had them.
+    pub assumed_flags: bool,
+    /// The text of its maps file, if `vmas` are what it says.
+    maps: Vec<u8>,
     /// Its descriptors, sorted by number.
     pub descriptors: Vec<Descriptor>,
     /// It is not dumpable and its descriptors can't be seen; only when frozen it is made dumpable.
@@ -112,12 +116,17 @@ fn last(v: Option<&Vec<i32>>) -> i32 {
 }
 
 impl Process {
-    /// Reads one process; `None` if it is gone. `inner` maps pids as ckpt sees them to those inside.
+    /// Reads one process; `None` if it is gone. `inner` maps pids as ckpt sees them to those inside. If it was seen `before`
+    /// the flags of its mappings may be assumed, see [`Process::assumed_flags`].
     ///
     /// # Errors
     /// What reading /proc gives.
-    pub fn observe(host: i32, inner: &HashMap<i32, i32>) -> Result<Option<Process>, DumpError> {
-        match Self::read(host, inner) {
+    pub fn observe(
+        host: i32,
+        inner: &HashMap<i32, i32>,
+        before: Option<&Process>,
+    ) -> Result<Option<Process>, DumpError> {
+        match Self::read(host, inner, before) {
             Ok(p) => Ok(Some(p)),
             Err(_) if !std::path::Path::new(&format!("/proc/{host}")).exists() => Ok(None),
             Err(e) if matches!(e.kind(), ErrorKind::NotFound) => Ok(None),
@@ -125,7 +134,7 @@ impl Process {
         }
     }
 
-    fn read(host: i32, inner: &HashMap<i32, i32>) -> std::io::Result<Process> {
+    fn read(host: i32, inner: &HashMap<i32, i32>, before: Option<&Process>) -> std::io::Result<Process> {
         let proc = procfs::process::Process::new(host).map_err(io)?;
         let stat = proc.stat().map_err(io)?;
         let status = proc.status().map_err(io)?;
@@ -144,7 +153,23 @@ impl Process {
             threads.push(Task { tid: inside, host: Pid::from_raw(tid), status, frozen: None });
         }
         threads.sort_by_key(|t| (t.host.as_raw() != host, t.tid));
-        let vmas = if zombie.is_some() { Vec::new() } else { memory::read_smaps(host)? };
+        // What is locked in memory, or absent from a fork, only the process itself shows.
+        let before = before.filter(|b| {
+            b.stat.starttime == stat.starttime
+                && status.vmlck == Some(0)
+                && !b.vmas.iter().any(|v| v.has("dc"))
+        });
+        let (vmas, maps) = match before {
+            _ if zombie.is_some() => (Vec::new(), Vec::new()),
+            Some(b) => Self::mappings_since(host, b)?,
+            None => {
+                let (maps, vmas) = (read_proc(format!("/proc/{host}/maps"))?, memory::read_smaps(host)?);
+                let lines = memory::parse_maps(&maps)?;
+                let same =
+                    lines.len() == vmas.len() && lines.iter().zip(&vmas).all(|(a, b)| a.has_line_of(b));
+                (vmas, if same { maps } else { Vec::new() })
+            }
+        };
         Ok(Process {
             pid,
             host: Pid::from_raw(host),
@@ -159,10 +184,30 @@ impl Process {
             threads,
             children,
             vmas,
+            assumed_flags: before.is_some() && zombie.is_none(),
+            maps,
             descriptors: Vec::new(),
             closed: false,
             dumpable: None,
         })
+    }
+
+    /// Its mappings from the maps file alone, which is cheap: smaps walks through all memory.
+    fn mappings_since(host: i32, before: &Process) -> std::io::Result<(Vec<Vma>, Vec<u8>)> {
+        let maps = read_proc(format!("/proc/{host}/maps"))?;
+        if maps == before.maps {
+            return Ok((before.vmas.clone(), maps));
+        }
+        let mut vmas = memory::parse_maps(&maps)?;
+        for v in &mut vmas {
+            let old = before.vmas.binary_search_by_key(&v.start, |o| o.start).map(|i| &before.vmas[i]);
+            if let Ok(old) = old
+                && old.has_line_of(v)
+            {
+                *v = old.clone();
+            }
+        }
+        Ok((vmas, maps))
     }
 
     /// Whether its files in /proc are closed to us because it is not dumpable: they belong to the host's root then.

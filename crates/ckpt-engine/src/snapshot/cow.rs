@@ -13,6 +13,7 @@ use crate::dump::collect;
 use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
 use crate::model::Job;
+use crate::model::memory::{Vma, read_smaps};
 use crate::model::process::Process;
 use crate::resource::Collected;
 use crate::resource::process::is_filtered;
@@ -170,7 +171,7 @@ fn fork_all(
             reasons.processes.insert(p.pid, why);
             continue;
         }
-        beside.task(p.host);
+        beside.task(p.host, p.host);
         let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
         let mut live = match opened.has(p.pid) {
             true => None,
@@ -197,7 +198,7 @@ fn fork_all(
     let mut copies = BTreeMap::new();
     for Pending { pid, mut live, memory, fork } in pending {
         let Some(task) = live.as_mut().or_else(|| opened.get(pid).map(|o| &mut o.live)) else { continue };
-        beside.task(task.pid());
+        beside.task(task.pid(), task.pid());
         match fork.finish(task, &memory)? {
             Forked::Copy(copy) => {
                 // Where memory runs out, it goes first.
@@ -309,6 +310,18 @@ struct Copies {
 }
 
 impl Copies {
+    /// Waits until all copies stand.
+    fn settle(&mut self) -> Result<(), DumpError> {
+        if !self.settled {
+            for (pid, copy) in &self.copies {
+                copy.wait_for_stop().map_err(|_| DumpError::CopyLost { pid: *pid })?;
+            }
+            self.guard.start();
+            self.settled = true;
+        }
+        Ok(())
+    }
+
     /// Why a copy is not what it was.
     fn check(&self) -> Result<(), DumpError> {
         match self.copies.iter().find(|(_, c)| !c.is_whole()) {
@@ -329,13 +342,7 @@ impl Copies {
 
 impl Snapshot for Copies {
     fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
-        if !self.settled {
-            for (pid, copy) in &self.copies {
-                copy.wait_for_stop().map_err(|_| DumpError::CopyLost { pid: *pid })?;
-            }
-            self.guard.start();
-            self.settled = true;
-        }
+        self.settle()?;
         for part in std::mem::take(&mut self.parts[index]) {
             match part {
                 // Memory is given back as it is written.
@@ -353,6 +360,19 @@ impl Snapshot for Copies {
             }
         }
         Ok(())
+    }
+
+    fn keeps_mappings(&self, pid: i32) -> bool {
+        self.copies.contains_key(&pid)
+    }
+
+    fn mappings(&mut self, pid: i32) -> Result<Vec<Vma>, DumpError> {
+        self.settle()?;
+        let copy = self.copies.get(&pid).ok_or(DumpError::CopyLost { pid })?;
+        let vmas = read_smaps(copy.pid().as_raw());
+        // One that was killed has none.
+        self.check()?;
+        vmas.map_err(DumpError::process(pid, "reading smaps of its frozen copy"))
     }
 
     fn finish(&mut self) -> Result<Account, DumpError> {
