@@ -211,9 +211,7 @@ impl Live {
             filled,
         };
         // From here on the task finishes by itself: first the registers, then the mask, which the block puts back.
-        let (nr, args) = NO_CALL;
-        ptrace::set_registers(pid, &arch::live_call(&registers, at, start.bell, nr, args))
-            .map_err(err("set registers"))?;
+        live.rest()?;
         let masked = match start.bell {
             0 => u64::MAX,
             n => !(1 << (n - 1)),
@@ -374,6 +372,15 @@ impl Live {
     /// Registers with which the task makes a call by the `syscall` instruction at `at`.
     pub(crate) fn registers_at(&self, at: u64, call: SystemCall) -> Registers {
         arch::with_syscall(&self.start.registers, at, call.0, call.1)
+    }
+
+    /// Points the task at its block, out of any other code.
+    pub(crate) fn rest(&self) -> Result<(), InjectError> {
+        let (nr, args) = NO_CALL;
+        let Start { padding, registers, bell, .. } = self.start;
+        let registers = arch::live_call(&registers, padding.start, bell, nr, args);
+        let err = |errno| InjectError::Ptrace { pid: self.pid, what: "set registers", errno };
+        ptrace::set_registers(self.pid, &registers).map_err(err)
     }
 
     /// Where its block is, and what is free behind it.

@@ -234,17 +234,19 @@ pub struct Beside {
     old: Option<Vec<u8>>,
 }
 
+/// The CPU on which thread `tid` of `pid` ran last.
+pub fn last_cpu(pid: Pid, tid: Pid) -> Option<usize> {
+    use std::io::Read;
+    let mut text = [0; 1024];
+    let n = std::fs::File::open(format!("/proc/{pid}/task/{tid}/stat")).ok()?.read(&mut text).ok()?;
+    let text = std::str::from_utf8(&text[..n]).ok()?;
+    text.rsplit(')').next()?.split_whitespace().nth(36)?.parse::<usize>().ok()
+}
+
 impl Beside {
-    /// Moves this thread to the CPU on which thread `tid` of `pid` ran last, where that is possible.
-    pub fn task(&mut self, pid: Pid, tid: Pid) {
-        let read = || {
-            use std::io::Read;
-            let mut text = [0; 1024];
-            let n = std::fs::File::open(format!("/proc/{pid}/task/{tid}/stat")).ok()?.read(&mut text).ok()?;
-            let text = std::str::from_utf8(&text[..n]).ok()?;
-            text.rsplit(')').next()?.split_whitespace().nth(36)?.parse::<usize>().ok()
-        };
-        let Some(cpu) = read().filter(|cpu| self.cpu != Some(*cpu)) else { return };
+    /// Moves this thread to the CPU on which a task ran last ([`last_cpu`]), where that is possible.
+    pub fn on(&mut self, cpu: Option<usize>) {
+        let Some(cpu) = cpu.filter(|cpu| self.cpu != Some(*cpu)) else { return };
         let this = Pid::from_raw(0);
         if self.old.is_none() {
             self.old = affinity(this).ok();

@@ -10,6 +10,7 @@ use crate::resource::{At, Collect, Collected, Resource, in_order};
 use ckpt_sys::inject::{Live, NO_CALL, Padding, Query, SCRATCH_BYTES, Start};
 use ckpt_sys::libc;
 use ckpt_sys::memory::Forced;
+use ckpt_sys::task::last_cpu;
 
 /// Runs all kinds over the job, its open files, its processes and their threads.
 ///
@@ -49,7 +50,7 @@ pub fn collect(
         let mut beside = ckpt_sys::task::Beside::default();
         if let Some(o) = &mut opened {
             let t = &p.threads[0];
-            beside.task(p.host, t.host);
+            beside.on(last_cpu(p.host, t.host));
             o.live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
             step(Some(&mut o.live), At::Process(p), None, &mut out, warnings)?;
             step(Some(&mut o.live), At::Thread(p, t), None, &mut out, warnings)?;
@@ -60,8 +61,12 @@ pub fn collect(
         // the scratch pages. That of a process made dumpable has one place only, and would unmap them at any time.
         let second = opened.is_none().then(|| padding.beside());
         let mut before: Option<Live> = None;
-        for (i, t) in p.threads.iter().enumerate().skip(usize::from(opened.is_some())) {
-            beside.task(p.host, t.host);
+        // The leader, then those of one CPU after those of another: each move between CPUs costs as much as a thread.
+        let mut threads: Vec<(bool, Option<usize>, &Task)> =
+            p.threads.iter().map(|t| (t.tid != p.pid, last_cpu(p.host, t.host), t)).collect();
+        threads.sort_by_key(|(other, cpu, _)| (*other, *cpu));
+        for (i, (_, cpu, t)) in threads.into_iter().enumerate().skip(usize::from(opened.is_some())) {
+            beside.on(cpu);
             let place = second.filter(|_| i % 2 == 1).unwrap_or(padding);
             if second.is_none()
                 && let Some(last) = before.take()

@@ -88,6 +88,9 @@ impl Resource for ProcessResource {
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
         let nesting = nesting(job);
+        let namespace = |pid: Pid, ns: &str| std::fs::read_link(format!("/proc/{pid}/ns/{ns}")).ok();
+        let namespaces = ["user", "mnt", "ipc", "uts", "net", "cgroup", "time"]
+            .map(|ns| (ns, namespace(Pid::from_raw(job.info.init), ns)));
         for p in &job.processes {
             let s = &p.status;
             if p.zombie.is_some() && p.threads.len() > 1 {
@@ -107,11 +110,10 @@ impl Resource for ProcessResource {
                     "nested containers are not supported",
                 );
             }
-            for ns in ["user", "mnt", "ipc", "uts", "net", "cgroup", "time"] {
-                let of = |pid: Pid| std::fs::read_link(format!("/proc/{pid}/ns/{ns}")).ok();
+            for (ns, of_init) in &namespaces {
                 // The links of a process that is just ending are gone.
-                let own = of(p.host);
-                if p.zombie.is_none() && own.is_some() && own != of(Pid::from_raw(job.info.init)) {
+                let own = namespace(p.host, ns);
+                if p.zombie.is_none() && own.is_some() && own != *of_init {
                     let what = format!("it is in a {ns} namespace of its own");
                     refusals.process(p.pid, what, "nested containers are not supported");
                 }
@@ -188,7 +190,11 @@ impl Resource for ProcessResource {
 /// Whether a process runs under seccomp. Filters that ckpt itself runs under are the host's doing, and will be there at
 /// the restore.
 pub fn is_filtered(p: &Process) -> bool {
-    p.status.seccomp.unwrap_or(0) == 1 || seccomp_filters(p.host) > seccomp_filters(Pid::this())
+    match p.status.seccomp.unwrap_or(0) {
+        0 => false,
+        1 => true,
+        _ => seccomp_filters(p.host) > seccomp_filters(Pid::this()),
+    }
 }
 
 /// Number of seccomp filters a process runs under.

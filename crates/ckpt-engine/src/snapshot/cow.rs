@@ -20,6 +20,7 @@ use crate::resource::process::is_filtered;
 use ckpt_sys::frozen_copy::{CopyProcess, Fork, Forked};
 use ckpt_sys::inject::{InjectError, Live};
 use ckpt_sys::memory::Forced;
+use ckpt_sys::task::last_cpu;
 use ckpt_sys::{Errno, arch};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -171,7 +172,7 @@ fn fork_all(
             reasons.processes.insert(p.pid, why);
             continue;
         }
-        beside.task(p.host, p.host);
+        beside.on(last_cpu(p.host, p.host));
         let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
         let mut live = match opened.has(p.pid) {
             true => None,
@@ -198,7 +199,7 @@ fn fork_all(
     let mut copies = BTreeMap::new();
     for Pending { pid, mut live, memory, fork } in pending {
         let Some(task) = live.as_mut().or_else(|| opened.get(pid).map(|o| &mut o.live)) else { continue };
-        beside.task(task.pid(), task.pid());
+        beside.on(last_cpu(task.pid(), task.pid()));
         match fork.finish(task, &memory)? {
             Forked::Copy(copy) => {
                 // Where memory runs out, it goes first.
