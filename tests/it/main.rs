@@ -2,8 +2,10 @@
 //! End-to-end tests: one module per area, in it one entry per guest (see `guest_tests!`).
 #![forbid(unsafe_code)]
 
+mod chains;
 mod clock;
 mod commands;
+mod cow;
 mod engines;
 mod epoll;
 mod eventfd;
@@ -12,6 +14,7 @@ mod files;
 mod image_damage;
 mod interrupted;
 mod late_changes;
+mod lazy;
 mod locks;
 mod memory;
 mod pipes;

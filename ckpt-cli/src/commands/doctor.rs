@@ -87,7 +87,13 @@ pub fn run(args: &DoctorArgs, report: &Report) -> Result<ExitCode> {
     };
     let mut findings = vec![kernel_finding()];
     findings.extend(namespace_findings(&probe));
-    findings.extend([tracing_finding(), userfaultfd_finding(), module_finding(), interceptor_finding()]);
+    findings.extend([
+        tracing_finding(),
+        userfaultfd_finding(),
+        module_finding(),
+        engine_finding(),
+        interceptor_finding(),
+    ]);
     findings.push(store_finding(&store_directory(&args.store)?));
     let diagnosis = Diagnosis { level, kernel: kernel_release(), findings };
     if args.json {
@@ -226,6 +232,21 @@ fn module_finding() -> Finding {
             "kernel module",
             format!("/dev/ckpt: {error}; everything works without it"),
             vec!["let this user read and write /dev/ckpt".to_owned()],
+        ),
+    }
+}
+
+/// How memory is kept while it is written.
+fn engine_finding() -> Finding {
+    match ckpt_engine::snapshot::cow::host_obstacle() {
+        None => Finding::good(
+            "snapshot engine",
+            "cow: a job goes on while its memory is written; `ckpt dump` says which processes could not be forked",
+        ),
+        Some(why) => Finding::lacking(
+            "snapshot engine",
+            format!("copy: a job stands still while its memory is copied. Not cow: {why}"),
+            vec!["sysctl vm.overcommit_memory=0".to_owned()],
         ),
     }
 }

@@ -40,6 +40,11 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let name = &args.name;
     let job = ckpt_job::status(name)?;
     let _lock = ckpt_job::lock_for_dump(name)?;
+    if job.status.missing_memory.is_some() {
+        report.progress(&format!("{name}: waiting for memory that is still in the checkpoint it came from"));
+        ckpt_job::settle(name)?;
+        report.clear();
+    }
     let info = job_info::of(&job);
     // What may be unsupported is named before a directory is made for it.
     ckpt_engine::dump::check(&info)?;
@@ -84,7 +89,13 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     ckpt_sys::hook::point();
     let path = claim.publish()?;
     ckpt_sys::hook::point();
+    let checkpoint = number.map_or_else(|| path.display().to_string(), |n| format!("{name}@{n}"));
     if args.stop {
+        // For whoever waits for the job's end; not worth an error, as the job is saved.
+        let noted = ckpt_job::Registry::open().and_then(|registry| registry.write_saved(name, &checkpoint));
+        if let Err(error) = noted {
+            report.warning(&error.to_string());
+        }
         outcome.stop_job();
         // Its name is free when this returns.
         let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
@@ -93,7 +104,6 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         }
     }
     ckpt_sys::hook::report();
-    let checkpoint = number.map_or_else(|| path.display().to_string(), |n| format!("{name}@{n}"));
     let bytes = outcome.summary.records_bytes + outcome.summary.pages_bytes;
     for w in &outcome.warnings {
         report.warning(w);

@@ -9,6 +9,7 @@ use ckpt_abi::init_protocol::WindowSize;
 use serde::{Deserialize, Serialize};
 
 use crate::name::JobName;
+use crate::policy::Supervised;
 
 /// What a job is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -62,6 +63,10 @@ pub struct LaunchSpec {
     pub restored_from: Option<String>,
     /// The command of a restored job, as text; that of others is in `work`.
     pub restored_command: Vec<String>,
+    /// What a supervisor is to do.
+    pub supervised: Option<Supervised>,
+    /// Started by its supervisor, for its next run.
+    pub by_supervisor: bool,
 }
 
 impl LaunchSpec {

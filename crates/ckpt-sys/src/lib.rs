@@ -20,6 +20,7 @@ pub mod pty;
 pub mod socket;
 pub mod spawn;
 pub mod task;
+pub mod userfault;
 
 pub use libc;
 pub use nix::errno::Errno;

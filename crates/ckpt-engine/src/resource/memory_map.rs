@@ -166,6 +166,11 @@ fn ask_brk() -> Query {
     Query::number(libc::SYS_brk, [0; 6])
 }
 
+/// Advice on whether pages are to be huge.
+fn is_page_size(advice: i32) -> bool {
+    matches!(advice, libc::MADV_HUGEPAGE | libc::MADV_NOHUGEPAGE)
+}
+
 /// The kind.
 #[derive(Debug)]
 pub struct MemoryMapResource;
@@ -497,6 +502,10 @@ fn map_one(
         None => {
             let flags = (flags | libc::MAP_ANONYMOUS) as u64;
             b.call(what, libc::SYS_mmap, &[v.start, length, prot as u64, flags, u64::MAX, 0]);
+            // Before the pages come: it decides their size.
+            for a in v.advice.iter().filter(|a| is_page_size(**a)) {
+                b.call(format!("madvise {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
+            }
         }
         Some(path) => {
             let access = if shared && v.may_write { libc::O_RDWR } else { libc::O_RDONLY };

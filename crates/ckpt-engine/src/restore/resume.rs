@@ -51,6 +51,9 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
         main_pid: build.image.job.main_pid,
         main_status: build.image.job.main_status,
         warnings: std::mem::take(&mut build.warnings),
+        phases_ns: Vec::new(),
+        page_server: build.page_server.take(),
+        eager_because: build.eager_because.take(),
         ready: Ready { tasks, cuts: Cuts::of(&build)? },
     })
 }

@@ -54,9 +54,7 @@ impl Engine for Cow {
             return Ok(Box::new(Still));
         }
         let mut obstacles = BTreeMap::new();
-        if is_strict(&std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap_or_default()) {
-            let why = "memory is not overcommitted here (vm.overcommit_memory is 2): a fork would take what the job may \
-                       want to allocate";
+        if let Some(why) = host_obstacle() {
             obstacles.extend(job.live().map(|p| (p.pid, why.to_owned())));
         }
         let mut page_tables: BTreeMap<PathBuf, u64> = BTreeMap::new();
@@ -75,6 +73,14 @@ impl Engine for Cow {
         let needs_bytes = copied.flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum();
         Ok(Box::new(Ready { obstacles, needs_bytes, duplicate_limit_bytes: self.duplicate_limit_bytes }))
     }
+}
+
+/// Why no process of this host is forked, if so.
+pub fn host_obstacle() -> Option<&'static str> {
+    is_strict(&std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap_or_default()).then_some(
+        "memory is not overcommitted here (vm.overcommit_memory is 2): a fork would take what the job may want to \
+         allocate",
+    )
 }
 
 /// Strict accounting, by what /proc/sys/vm/overcommit_memory says.
