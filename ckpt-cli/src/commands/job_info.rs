@@ -30,5 +30,6 @@ pub fn of(job: &LiveJob) -> JobInfo {
         domainname: Some(s.domainname.as_bytes().to_vec()),
         sysv_objects: s.sysv_objects,
         semaphore_sets: s.semaphore_sets,
+        mergeable: r.mergeable,
     }
 }

@@ -165,10 +165,14 @@ impl Live {
             stop_again: false,
         };
         // From here on the task finishes by itself: first the registers, then the mask, which the block puts back.
-        let getpid = arch::with_syscall(saved, padding.start, libc::SYS_getpid, [0; 6]);
-        ptrace::set_registers(pid, &getpid).map_err(err("set registers"))?;
+        live.rest()?;
         ptrace::set_signal_mask(pid, u64::MAX).map_err(err("set signal mask"))?;
         Ok(live)
+    }
+
+    /// What the last call would undo was not done. (A task left to finish by itself still makes it.)
+    pub fn nothing_to_undo(&mut self) {
+        self.last = NO_CALL;
     }
 
     /// The task.
@@ -186,19 +190,9 @@ impl Live {
         let r = arch::with_syscall(&self.saved, self.padding.start, nr, args);
         ptrace::set_registers(pid, &r).map_err(err("set registers"))?;
         for _ in 0..2 {
-            ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
-            loop {
-                match ptrace::wait(pid).map_err(err("wait"))? {
-                    Stop::Syscall => break,
-                    // A group stop that is in effect reports once more when the task is resumed.
-                    Stop::Event { .. } => ptrace::cont_to_syscall(pid).map_err(err("continue"))?,
-                    // The one signal that can't be blocked and doesn't kill: it is sent again at the end.
-                    Stop::Signal(libc::SIGSTOP) => {
-                        self.stop_again = true;
-                        ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
-                    }
-                    stop => return Err(InjectError::UnexpectedStop { pid, stop }),
-                }
+            match self.step()? {
+                Stop::Syscall => {}
+                stop => return Err(InjectError::UnexpectedStop { pid, stop }),
             }
         }
         Ok(ptrace::registers(pid).map_err(err("get registers"))?.rax as i64)
@@ -214,6 +208,50 @@ impl Live {
             return Err(InjectError::Call { pid: self.pid, what, errno: Errno::from_raw(-n as i32) });
         }
         Ok(n as u64)
+    }
+
+    /// Steps to the next stop at the entry or exit of a system call, or at the event of a clone.
+    pub(crate) fn step(&mut self) -> Result<Stop, InjectError> {
+        let pid = self.pid;
+        let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
+        ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
+        self.stopped()
+    }
+
+    /// The stop that ends a step.
+    pub(crate) fn stopped(&mut self) -> Result<Stop, InjectError> {
+        let pid = self.pid;
+        let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
+        loop {
+            match ptrace::wait(pid).map_err(err("wait"))? {
+                stop @ (Stop::Syscall | Stop::Ptrace(libc::PTRACE_EVENT_CLONE)) => return Ok(stop),
+                // A group stop that is in effect reports once more when the task is resumed.
+                Stop::Event { .. } => ptrace::cont_to_syscall(pid).map_err(err("continue"))?,
+                // The one signal that can't be blocked and doesn't kill: it is sent again at the end.
+                Stop::Signal(libc::SIGSTOP) => {
+                    self.stop_again = true;
+                    ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
+                }
+                stop => return Err(InjectError::UnexpectedStop { pid, stop }),
+            }
+        }
+    }
+
+    /// Registers with which the task makes a call by the `syscall` instruction at `at`.
+    pub(crate) fn registers_at(&self, at: u64, call: SystemCall) -> Registers {
+        arch::with_syscall(&self.saved, at, call.0, call.1)
+    }
+
+    /// Points the task at its block, out of any other code.
+    pub(crate) fn rest(&self) -> Result<(), InjectError> {
+        let registers = self.registers_at(self.padding.start, NO_CALL);
+        let err = |errno| InjectError::Ptrace { pid: self.pid, what: "set registers", errno };
+        ptrace::set_registers(self.pid, &registers).map_err(err)
+    }
+
+    /// Where its block is, and what is free behind it.
+    pub(crate) fn places(&self) -> (u64, Padding) {
+        (self.padding.start, self.padding.beside(self))
     }
 
     /// The scratch page's address; mapped at the first use, zero bytes then.

@@ -6,14 +6,18 @@ pub mod collect;
 pub mod discover;
 pub mod dumpable;
 pub mod freeze;
+pub mod pace;
+pub mod phases;
 pub mod short_write;
 pub mod snapshot;
 pub mod write;
 
 use crate::error::DumpError;
 use crate::model::JobInfo;
-use crate::snapshot::Engine;
+use crate::snapshot::{Account, Engine, Source};
 use ckpt_image::{Compression, Summary};
+use pace::Pace;
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -29,6 +33,10 @@ pub struct DumpRequest<'a> {
     pub engine: &'a dyn Engine,
     /// Kill the job when the image is complete, while it is still frozen.
     pub stop: bool,
+    /// Save the content of files that the job is writing, too.
+    pub with_files: bool,
+    /// Bytes a second that are written at most.
+    pub io_limit: Option<NonZeroU64>,
     /// Free bytes of the store; asked before anything is stopped.
     pub free_bytes: u64,
     /// Told of the progress: bytes done, bytes in all.
@@ -46,8 +54,12 @@ pub struct DumpReport {
     pub processes: usize,
     /// Number of threads.
     pub threads: usize,
-    /// Bytes of memory looked at.
+    /// About how many bytes of memory the job used.
     pub memory_bytes: u64,
+    /// What the snapshot took.
+    pub account: Account,
+    /// How long each phase took.
+    pub phases: phases::Phases,
     /// What the person who dumps should know.
     pub warnings: Vec<String>,
     /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
@@ -76,22 +88,38 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 /// # Errors
 /// In each case the job runs on as before.
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
-    let DumpRequest { info, dir, compression, engine, stop, free_bytes, progress } = request;
+    let DumpRequest { info, dir, compression, engine, stop, with_files, io_limit, free_bytes, progress } =
+        request;
+    let mut phases = phases::Phases::default();
     let found = discover::discover(&info)?;
-    found.check_room(engine, compression, free_bytes, dir)?;
+    let engine = engine.prepare(&found.job, stop)?;
+    found.check_room(engine.as_ref(), compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
     let writer = write::start(dir, compression)?;
+    phases.end("discover");
     barrier::prepare(&found.job);
+    phases.end("barrier");
     let started = Instant::now();
-    let mut frozen = freeze::freeze(&info)?;
+    let mut frozen = freeze::freeze(&info, &mut phases)?;
     frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
-    let collected = collect::collect(&mut frozen, &mut warnings)?;
-    let mut snapshot = snapshot::take(engine, &collected.sources)?;
+    let mut collected = collect::collect(&mut frozen, &mut warnings)?;
+    phases.end("collect");
+    if with_files {
+        crate::resource::saved_file::keep(&frozen.job, dir, &mut collected)?;
+        phases.end("files");
+    }
+    let mut snapshot = snapshot::take(engine, &mut frozen, &collected)?;
+    phases.end("snapshot");
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
     let pause = started.elapsed();
-    let memory_bytes = collected.sources.iter().map(crate::snapshot::Source::bytes).sum();
-    let summary = write::write(writer, collected, snapshot.as_mut(), &mut |n| progress(n, memory_bytes))?;
-    Ok(DumpReport { summary, pause, processes, threads, memory_bytes, warnings, frozen })
+    phases.end("resume");
+    let shared_bytes: u64 = collected.sources.iter().filter(|s| s.is_file()).map(Source::bytes).sum();
+    let memory_bytes = found.memory_bytes + shared_bytes;
+    let mut advance = |n| progress(n, memory_bytes);
+    let (summary, account) =
+        write::write(writer, collected, snapshot.as_mut(), &Pace::new(io_limit), &mut advance)?;
+    phases.end("write");
+    Ok(DumpReport { summary, pause, processes, threads, memory_bytes, account, phases, warnings, frozen })
 }

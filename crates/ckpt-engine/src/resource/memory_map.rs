@@ -9,15 +9,15 @@ use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::FileStat;
-use crate::model::memory::{Vma, pagemap};
+use crate::model::memory::Vma;
 use crate::model::process::Process;
 use crate::restore::build_tree::{Build, open_call};
+use crate::restore::fill_memory::is_private_anonymous;
 use crate::restore::plan::VDSO_ROOM;
-use crate::snapshot::{From, Range, Source};
+use crate::snapshot::{From, Pages, Range, Source};
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::area::AREA_BYTES;
-use ckpt_sys::memory::PAGE;
 use ckpt_sys::{Errno, Pid, libc};
 
 /// Version of [`MemoryMapRecord`].
@@ -161,6 +161,11 @@ const ADVICE: &[(&str, i32)] = &[
     ("mg", libc::MADV_MERGEABLE),
 ];
 
+/// Advice on whether pages are to be huge.
+fn is_page_size(advice: i32) -> bool {
+    matches!(advice, libc::MADV_HUGEPAGE | libc::MADV_NOHUGEPAGE)
+}
+
 /// The kind.
 #[derive(Debug)]
 pub struct MemoryMapResource;
@@ -230,33 +235,19 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     }
 }
 
-impl MemoryMapResource {
-    fn ranges(p: &Process, v: &Vma, map: &std::fs::File) -> Result<Vec<Range>, DumpError> {
-        let mut out: Vec<Range> = Vec::new();
-        // Reading pagemap costs 8 bytes a page: a large reservation without any memory is not looked at.
-        if v.anonymous_bytes == 0 && v.swap_bytes == 0 {
-            return Ok(out);
-        }
-        const CHUNK: u64 = 512 << 20;
-        let mut at = v.start;
-        while at < v.end {
-            let end = v.end.min(at + CHUNK);
-            let pages = pagemap(map, at, end).map_err(DumpError::process(p.pid, "reading pagemap"))?;
-            for (i, _) in pages.iter().enumerate().filter(|(_, e)| e.exists() && !e.is_file()) {
-                let addr = at + i as u64 * PAGE;
-                match out.last_mut() {
-                    Some(r) if r.addr + r.bytes == addr => r.bytes += PAGE,
-                    _ => out.push(Range { addr, bytes: PAGE, offset: addr }),
-                }
-            }
-            at = end;
-        }
-        Ok(out)
-    }
+/// The pages of a private mapping, at the offsets of their addresses.
+fn range(v: &Vma, pages: Pages) -> Range {
+    let lost_in_fork = match v {
+        v if v.has("dc") => Some("MADV_DONTFORK"),
+        v if v.has("wf") => Some("MADV_WIPEONFORK"),
+        _ => None,
+    };
+    Range { addr: v.start, bytes: v.bytes(), offset: v.start, pages, lost_in_fork }
+}
 
+impl MemoryMapResource {
     fn record(cx: &mut Collect<'_>, p: &Process) -> Result<(), DumpError> {
         let err = |what: &str| DumpError::process(p.pid, what.to_owned());
-        let map = std::fs::File::open(format!("/proc/{}/pagemap", p.host)).map_err(err("opening pagemap"))?;
         let own_library = |name: &str| name.ends_with("/libckpt_interceptor.so");
         let (mut files, mut vmas) = (Vec::<MappedFile>::new(), Vec::new());
         let (mut plain, mut over_file) = (Vec::new(), Vec::new());
@@ -268,26 +259,20 @@ impl MemoryMapResource {
             if v.has("nr") {
                 flags |= libc::MAP_NORESERVE;
             }
-            let mut has_pages = false;
             let backing = if v.is_vdso_part() {
                 Backing::Kernel { name: v.name.clone() }
             } else if let Some(object) = super::shared_object::of_mapping(cx.out, v) {
                 if !v.shared {
-                    let ranges = Self::ranges(p, v, &map)?;
-                    has_pages = !ranges.is_empty();
-                    over_file.extend(ranges);
+                    over_file.push(range(v, Pages::Private));
                 }
                 Backing::Object { object, offset: v.offset }
             } else if v.is_file() && own_library(&v.name) {
                 // Stored whole, as anonymous memory: upgrading ckpt must not break old checkpoints.
-                plain.push(Range { addr: v.start, bytes: v.bytes(), offset: v.start });
-                has_pages = true;
+                plain.push(range(v, Pages::All));
                 Backing::Anonymous
             } else if v.is_file() {
                 if !v.shared {
-                    let ranges = Self::ranges(p, v, &map)?;
-                    has_pages = !ranges.is_empty();
-                    over_file.extend(ranges);
+                    over_file.push(range(v, Pages::Private));
                 }
                 let path = v.name.as_bytes().to_vec();
                 let file = match files.iter().position(|f| f.path == path) {
@@ -302,12 +287,12 @@ impl MemoryMapResource {
                 };
                 Backing::File { file: file as u32, offset: v.offset }
             } else {
-                let ranges = Self::ranges(p, v, &map)?;
-                has_pages = !ranges.is_empty();
-                plain.extend(ranges);
+                plain.push(range(v, Pages::Private));
                 Backing::Anonymous
             };
-            let advice = ADVICE.iter().filter(|(n, _)| v.has(n)).map(|(_, a)| *a).collect();
+            // What ckpt itself has made mergeable is not so by the application's will.
+            let ours = |a: i32| cx.job.info.mergeable && a == libc::MADV_MERGEABLE;
+            let advice = ADVICE.iter().filter(|(n, a)| v.has(n) && !ours(*a)).map(|(_, a)| *a).collect();
             let name = v.name.strip_prefix("[anon:").and_then(|n| n.strip_suffix(']')).unwrap_or("");
             vmas.push(VmaRecord {
                 start: v.start,
@@ -315,7 +300,7 @@ impl MemoryMapResource {
                 prot: v.prot,
                 flags,
                 may_write: v.has("mw"),
-                has_pages,
+                has_pages: false,
                 locked: v.has("lo").then(|| if v.has("lf") { libc::MLOCK_ONFAULT } else { 0 }),
                 advice,
                 backing,
@@ -362,7 +347,15 @@ impl MemoryMapResource {
         use std::os::unix::ffi::OsStrExt;
         let exe = exe.as_os_str().as_bytes().to_vec();
         let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash, write_code };
-        cx.put(Kind::MemoryMap, VERSION, p.pid as u64, 0, &record)
+        // Which mappings have pages is known when those have been written.
+        cx.defer_with(Kind::MemoryMap, VERSION, p.pid as u64, 0, move |stored| {
+            let mut record = record.clone();
+            for v in &mut record.vmas {
+                v.has_pages = stored.in_range(object, v.start);
+            }
+            record
+        });
+        Ok(())
     }
 
     fn lay_out(cx: &mut Build<'_>, pid: i32, m: &MemoryMapRecord) -> Result<(), RestoreError> {
@@ -450,6 +443,10 @@ fn map_one(
         None => {
             let flags = (flags | libc::MAP_ANONYMOUS) as u64;
             b.call(what, libc::SYS_mmap, &[v.start, length, prot as u64, flags, u64::MAX, 0]);
+            // Before the pages come: it decides their size.
+            for a in v.advice.iter().filter(|a| is_page_size(**a)) {
+                b.call(format!("madvise {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
+            }
         }
         Some(path) => {
             let access = if shared && v.may_write { libc::O_RDWR } else { libc::O_RDONLY };
@@ -494,7 +491,8 @@ impl Resource for MemoryMapResource {
     }
 
     fn content(&self, cx: &mut Content<'_>) -> Result<(), DumpError> {
-        cx.write_pages(Kind::MemoryMap)
+        cx.write_pages(Kind::MemoryMap)?;
+        cx.write_deferred(Kind::MemoryMap)
     }
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {
@@ -506,7 +504,10 @@ impl Resource for MemoryMapResource {
     }
 
     fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
-        let m: MemoryMapRecord = decode(record, VERSION)?;
+        let mut m: MemoryMapRecord = decode(record, VERSION)?;
+        for f in &mut m.files {
+            f.path = super::saved_file::path_now(cx, &f.path);
+        }
         Self::lay_out(cx, record.owner as i32, &m)
     }
 
@@ -514,6 +515,7 @@ impl Resource for MemoryMapResource {
         const PR_SET_VMA: u64 = 0x5356_4d41;
         let pid = record.owner as i32;
         let m: MemoryMapRecord = decode(record, VERSION)?;
+        let mergeable = cx.request.options.mergeable;
         for chunk in m.vmas.chunks(80) {
             cx.run(pid, |b| {
                 for v in chunk.iter().filter(|v| !matches!(v.backing, Backing::Kernel { .. })) {
@@ -528,6 +530,10 @@ impl Resource for MemoryMapResource {
                     }
                     for a in &v.advice {
                         b.call(format!("madvise {at} {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
+                    }
+                    if mergeable && is_private_anonymous(v) {
+                        let what = format!("madvise {at} MADV_MERGEABLE");
+                        b.call(what, libc::SYS_madvise, &[v.start, length, libc::MADV_MERGEABLE as u64]);
                     }
                     if let Some(flags) = v.locked {
                         b.call(format!("mlock {at}"), libc::SYS_mlock2, &[v.start, length, u64::from(flags)]);
