@@ -127,6 +127,12 @@ pub struct RunArgs {
     #[arg(long, value_enum, value_name = "WHAT")]
     pub files: Option<FilesPolicy>,
 
+    /// Every dump of the job saves the content of files that it has open for writing; --resume and recoveries put them back.
+    ///
+    /// See `ckpt dump --with-files` and `ckpt restore --rollback-files`. For a job whose files must fit its memory, such as a database.
+    #[arg(long)]
+    pub with_files: bool,
+
     #[command(flatten)]
     pub supervision: SupervisionArgs,
 
@@ -256,6 +262,14 @@ pub struct DumpArgs {
     #[command(flatten)]
     pub store: StoreArg,
 
+    /// Save the content of the files that the job has open for writing, too, as it is at this moment.
+    ///
+    /// A restore with --rollback-files puts them back. The job stands still while they are copied, unless their file system shares extents
+    /// (btrfs, XFS): there a clone is made at once. Files that SQLite keeps beside a database (-journal, -wal, -shm) go with it.
+    /// Always on for a job of `ckpt run --with-files`.
+    #[arg(long)]
+    pub with_files: bool,
+
     /// How to compress memory.
     #[arg(long, value_enum, default_value_t = Compression::None, value_name = "METHOD")]
     pub compress: Compression,
@@ -282,6 +296,8 @@ pub struct DumpArgs {
 pub enum EngineChoice {
     /// The one that keeps the job still for the shortest time.
     Auto,
+    /// Have the kernel module keep the memory of each process (/dev/ckpt); what it refuses is forked or copied.
+    Kmod,
     /// Fork each process and read the copy while the job goes on; what cannot be kept that way is copied.
     Cow,
     /// Copy everything into ckpt's own memory while the job stands still.
@@ -350,6 +366,14 @@ pub struct RestoreArgs {
     /// What to do about files that have changed since the dump.
     #[arg(long, value_enum, value_name = "WHAT")]
     pub files: Option<FilesPolicy>,
+
+    /// Put files back whose content is in the checkpoint (see `ckpt dump --with-files`), if they have changed since.
+    ///
+    /// What a file held is kept beside it, as NAME.ckpt-replaced-TIME-N, and named. A file that is still the same inode is written in place;
+    /// one that was replaced or removed comes back by rename. What SQLite has put beside a database since the dump is moved aside.
+    /// This happens when everything else is in place, before anything of the job runs; --files is about all other files.
+    #[arg(long)]
+    pub rollback_files: bool,
 
     /// Go on although this file has changed: the job sees it as it is now. May be given several times.
     #[arg(long, value_name = "PATH")]
@@ -539,6 +563,10 @@ pub struct SquashArgs {
     /// How to compress memory. Without it, as the checkpoint is now.
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compression>,
+
+    /// Go through no more than this many bytes of memory a second (K, M, G: times 1024), on average.
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub io_limit: Option<NonZeroU64>,
 
     /// Print the result as JSON.
     #[arg(long)]

@@ -16,8 +16,10 @@ use ckpt_tests::{
 };
 use nix::sys::signal::Signal;
 
-/// Slow enough that a dump lasts until the test has done with it.
+/// So slow that a dump of some MiB lasts until the test has done with it, and notices an end of its copy soon.
 const SLOWLY: &str = "--io-limit=256K";
+/// So slow that a dump of anything lasts until it is killed.
+const NEVER_DONE: &str = "--io-limit=1K";
 
 fn expect(condition: bool, what: impl Into<String>) -> Outcome<()> {
     if condition { Ok(()) } else { Err(Failure(what.into())) }
@@ -41,11 +43,10 @@ fn copies(job: &Job<'_>) -> Vec<HostProcess> {
 }
 
 /// Starts a dump, and gives it back when it is writing, with the copy that it writes.
-fn start_slow_dump(job: &Job<'_>, options: &[&str]) -> Outcome<(Running, HostProcess)> {
-    let words = [&["dump", job.name.as_str(), SLOWLY], options].concat();
-    let dump = job.start(&words, &[])?;
+fn start_slow_dump(job: &Job<'_>, rate: &str) -> Outcome<(Running, HostProcess)> {
+    let dump = job.start(&["dump", &job.name, rate], &[])?;
     let copy = poll_until(GUEST_DEADLINE, || {
-        // First a sign that the job has been resumed: only then is the copy the first victim.
+        // When nobody else is traced any more the job has been resumed.
         let traced = |p: &HostProcess| {
             let status = fs::read_to_string(format!("/proc/{}/status", p.pid)).unwrap_or_default();
             !status.contains("TracerPid:\t0")
@@ -93,7 +94,7 @@ fn a_checkpoint_is_of_one_moment() {
 fn the_copy_is_not_seen() {
     each_user("cow-unseen", Users::Both, |sandbox| {
         with_ready_job(&Guest::new("cow_unseen").in_motion(), sandbox, |job, nonce| {
-            let (dump, copy) = start_slow_dump(job, &[])?;
+            let (dump, copy) = start_slow_dump(job, NEVER_DONE)?;
             let read =
                 |name: &str| fs::read_to_string(format!("/proc/{}/{name}", copy.pid)).unwrap_or_default();
             expect(
@@ -154,7 +155,7 @@ fn no_copy_where_no_more_processes_are_allowed() {
 fn a_dump_whose_copy_is_killed_fails() {
     each_user("cow-killed", Users::Both, |sandbox| {
         with_ready_job(&Guest::new("cow_moment").in_motion(), sandbox, |job, nonce| {
-            let (dump, copy) = start_slow_dump(job, &[])?;
+            let (dump, copy) = start_slow_dump(job, SLOWLY)?;
             copy.signal(Signal::SIGKILL);
             let dump = dump.finish(GUEST_DEADLINE)?;
             expect(dump.code != 0 && dump.stderr.contains("frozen copy"), dump.report())?;

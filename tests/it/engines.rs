@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use ckpt_image::{PAGE_SIZE, Reader};
 use ckpt_tests::{
-    Failure, Outcome,
+    Failure, Outcome, announce,
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
     process::poll_until,
     proof::{self, dump_by, each_user, with_ready_job},
@@ -19,11 +19,28 @@ macro_rules! by_the_other_engines {
         $(mod $name {
             use super::*;
             #[test]
+            fn kmod() { by_the_module(&$guest) }
+            #[test]
             fn copy() { proof::prove_with_engine(&$guest, "copy") }
             #[test]
             fn spill() { proof::prove_with_engine(&$guest, "spill") }
         })+
     };
+}
+
+/// Where the kernel module is loaded: `scripts/vm --product`.
+fn by_the_module(guest: &Guest) {
+    if has_module(&guest.label()) {
+        proof::prove_with_engine(guest, "kmod");
+    }
+}
+
+fn has_module(test: &str) -> bool {
+    let has = Path::new("/dev/ckpt").exists();
+    if !has {
+        announce(&format!("skipped: {test} by the engine kmod: the kernel module is not loaded"));
+    }
+    has
 }
 
 by_the_other_engines! {
@@ -87,7 +104,8 @@ fn same_pages_from_all_engines() {
                 })
                 .ok_or_else(|| Failure::new("the guest does not stop"))?;
                 let mut images = Vec::new();
-                for engine in ["copy", "cow", "spill"] {
+                let engines = ["copy", "cow", "spill", "kmod"];
+                for engine in engines.into_iter().filter(|e| *e != "kmod" || has_module(source)) {
                     let image = sandbox.root.join(engine);
                     dump_by(job, engine, &["--dir", &format!("{}/", image.display())])?;
                     images.push((engine, pages_of(&image)?));

@@ -42,6 +42,8 @@ fn every_kind_has_a_guest_that_needs_it() {
         sockets::proven::KINDS,
         thread::proven::KINDS,
         tty::proven::KINDS,
+        // No guest is restored with it unasked: with_files.rs has its tests.
+        &[ckpt_tests::kinds::SAVED_FILE],
     ]
     .concat();
     let registered = ckpt_engine::resource::REGISTRY.iter().map(|resource| resource.kind().name());

@@ -9,6 +9,7 @@ use ckpt_engine::error::DumpError;
 use ckpt_engine::snapshot::Engine;
 use ckpt_engine::snapshot::copy::Copy;
 use ckpt_engine::snapshot::cow::Cow;
+use ckpt_engine::snapshot::kmod::{self, Kmod};
 use ckpt_image::store::{Claim, Store, free_bytes};
 use ckpt_image::{Compression, WriteError};
 
@@ -31,7 +32,7 @@ struct Outcome<'a> {
     engine: &'a str,
     engine_reasons: &'a [String],
     held_bytes: u64,
-    duplicated_bytes: u64,
+    duplicated_bytes: Option<u64>,
     warnings: &'a [String],
 }
 
@@ -45,7 +46,9 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         ckpt_job::settle(name)?;
         report.clear();
     }
+    let engine = engine(args)?;
     let info = job_info::of(&job);
+    let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
     ckpt_engine::dump::check(&info)?;
     let claim = match &args.dir {
@@ -59,7 +62,6 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             Store::open(&root)?.claim(name.as_str())?
         }
     };
-    let engine = engine(args);
     let outcome = dump(DumpRequest {
         info,
         dir: claim.dir(),
@@ -70,6 +72,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         },
         engine: engine.as_ref(),
         stop: args.stop,
+        with_files: args.with_files || with_files,
         io_limit: args.io_limit,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {
@@ -108,6 +111,11 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     for w in &outcome.warnings {
         report.warning(w);
     }
+    if args.engine == EngineChoice::Auto
+        && let Some(why) = why_not_kmod(args)
+    {
+        outcome.account.reasons.push(format!("kmod: {why}"));
+    }
     let account = &outcome.account;
     if args.json {
         let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
@@ -130,31 +138,45 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         let pause = outcome.pause.as_secs_f64() * 1000.0;
         let (processes, threads) = (outcome.processes, outcome.threads);
         let mib = |bytes: u64| bytes as f64 / 1_048_576.0;
+        let duplicated =
+            account.duplicated_bytes.map_or("an unknown amount".to_owned(), |n| format!("{:.1} MiB", mib(n)));
         report.print(&format!(
             "{checkpoint}: {:.1} MiB, {processes} processes, {threads} threads, stood still for {pause:.1} ms\n\
-             engine {}: {:.1} MiB copied while it stood still, {:.1} MiB duplicated since",
+             engine {}: {:.1} MiB copied while it stood still, {duplicated} duplicated since",
             mib(bytes),
             account.engine,
-            mib(account.held_bytes),
-            mib(account.duplicated_bytes)
+            mib(account.held_bytes)
         ));
         account.reasons.iter().for_each(|reason| report.print(&format!("  {reason}")));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn engine(args: &DumpArgs) -> Box<dyn Engine> {
+fn engine(args: &DumpArgs) -> Result<Box<dyn Engine>, DumpError> {
     // Tests may choose an engine that shares nothing with the others but the seam, and keeps that honest.
     #[cfg(feature = "test-hooks")]
     if std::env::var_os("CKPT_TEST_ENGINE").is_some_and(|v| v == "spill") {
-        return Box::new(ckpt_engine::snapshot::spill::Spill);
+        return Ok(Box::new(ckpt_engine::snapshot::spill::Spill));
     }
     match args.engine {
+        EngineChoice::Auto if why_not_kmod(args).is_none() => Ok(Box::new(Kmod)),
         EngineChoice::Auto | EngineChoice::Cow => {
             let duplicate_limit_bytes = args.duplicate_limit.map(NonZeroU64::get);
-            Box::new(Cow { duplicate_limit_bytes })
+            Ok(Box::new(Cow { duplicate_limit_bytes }))
         }
-        EngineChoice::Copy => Box::new(Copy),
+        EngineChoice::Kmod => match why_not_kmod(args) {
+            None => Ok(Box::new(Kmod)),
+            Some(why) => Err(DumpError::NoEngine { engine: kmod::NAME, why }),
+        },
+        EngineChoice::Copy => Ok(Box::new(Copy)),
+    }
+}
+
+/// Why the kernel module is not used, if so.
+fn why_not_kmod(args: &DumpArgs) -> Option<String> {
+    match args.duplicate_limit {
+        Some(_) => Some("--duplicate-limit is kept by the engine cow alone".to_owned()),
+        None => kmod::host_obstacle(),
     }
 }
 
@@ -163,6 +185,7 @@ pub fn code_of(error: &DumpError) -> Option<ExitCode> {
     match error {
         DumpError::Refused(_) => Some(ExitCode::REFUSED),
         DumpError::JobEnded => Some(ExitCode::NOT_FOUND),
+        DumpError::NoEngine { .. } => Some(ExitCode::HOST_CANNOT),
         DumpError::Space { .. } => Some(ExitCode::NO_SPACE),
         DumpError::Image(WriteError::Io { source, .. }) if crate::exit_code::is_storage(source) => {
             Some(ExitCode::NO_SPACE)

@@ -61,6 +61,8 @@ pub struct Request<'a> {
     pub files: Option<FilesPolicy>,
     /// Paths whose change is accepted.
     pub allow_changed: &'a [PathBuf],
+    /// Put files back whose content is in the image.
+    pub rollback_files: bool,
     /// It runs at once, and its memory comes when it is touched.
     pub lazy: bool,
     /// Nobody stays with the job.
@@ -102,6 +104,7 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         store,
         files: args.files,
         allow_changed: &args.allow_changed,
+        rollback_files: args.rollback_files,
         lazy: args.lazy,
         detach: args.detach,
         copy: match args.as_copy {
@@ -140,8 +143,19 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
 /// # Errors
 /// Then nothing is left of it.
 pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
-    let Request { path, name, store, files, allow_changed, detach, lazy, copy, supervised, by_supervisor } =
-        request;
+    let Request {
+        path,
+        name,
+        store,
+        files,
+        allow_changed,
+        rollback_files,
+        lazy,
+        copy,
+        detach,
+        supervised,
+        by_supervisor,
+    } = request;
     let image = Image::open(&path)?;
     let name = match name {
         Some(name) => name,
@@ -167,6 +181,7 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
                 .map(|p| std::path::absolute(p).map(|p| p.to_string_lossy().into_owned()))
                 .collect::<io::Result<_>>()?,
             mergeable: copy.as_ref().is_some_and(|(_, mergeable)| *mergeable),
+            rollback_files,
         },
         lazy,
         gate: copy.is_some(),
@@ -194,6 +209,7 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
         mergeable: work.options.mergeable,
         supervised,
         by_supervisor,
+        with_files: rollback_files,
     };
     let command = image.job.argv.iter().map(|word| OsString::from_vec(word.clone())).collect();
     drop(image);

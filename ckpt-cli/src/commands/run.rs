@@ -54,6 +54,7 @@ pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
         log: log_path(&store, &name),
         supervised: policy.needs_supervisor().then(|| supervised(&name)),
         by_supervisor: args.by_supervisor.is_some(),
+        with_files: args.with_files,
         name,
         store: store.clone(),
         work: Work::Command { argv: args.command.clone(), environment: std::env::vars_os().collect() },
@@ -121,6 +122,7 @@ fn resume(
             store: store.to_owned(),
             files: args.files,
             allow_changed: &[],
+            rollback_files: args.with_files,
             lazy: false,
             detach: args.detach,
             copy: None,
@@ -177,11 +179,12 @@ fn policy(run: &RunArgs) -> Policy {
     let args = &run.supervision;
     let dump_options = option("--compress", args.compress.and_then(|method| method.to_possible_value()));
     let restore_options = option("--files", run.files.and_then(|files| files.to_possible_value()));
+    let rollback = run.with_files.then(|| "--rollback-files".to_owned());
     Policy {
         every: args.every,
         keep: args.keep,
         dump_options: dump_options.collect(),
-        restore_options: restore_options.collect(),
+        restore_options: restore_options.chain(rollback).collect(),
         dump_on: args.dump_on.clone(),
         dump_at: args.dump_at.clone(),
         dump_when: args.dump_when.clone(),

@@ -2,6 +2,7 @@
 //! `ckpt squash`: make an incremental checkpoint a full one, in place.
 
 use anyhow::Result;
+use ckpt_engine::dump::pace::Pace;
 use ckpt_image::store::{Squash, Store};
 
 use crate::args::SquashArgs;
@@ -23,12 +24,14 @@ pub fn run(args: &SquashArgs, report: &Report) -> Result<ExitCode> {
     let store = Store::open(&store_directory(&args.store)?)?;
     let (job, number) = store.checkpoint(&args.checkpoint)?;
     let name = format!("{job}@{number}");
+    let pace = Pace::new(args.io_limit);
     let done = store.squash(
         &job,
         number,
         Squash {
             compression: args.compress.map(compression),
             progress: &mut |done, all| {
+                pace.wait(done);
                 report.progress(&format!("{name}: {} of {} MiB", done >> 20, all >> 20));
             },
             step: &mut ckpt_sys::hook::point,

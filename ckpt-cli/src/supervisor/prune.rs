@@ -13,7 +13,8 @@ pub fn prune(store: &Path, job: &str, keep: u32) -> Result<Vec<u64>> {
     let store = Store::open(store)?;
     let numbers: Vec<u64> = store.list_job(job)?.iter().map(|entry| entry.number).collect();
     let mut removed = Vec::new();
-    for number in older_than_newest(&numbers, keep) {
+    // From the newest on: what another was built on can go once that is gone, and not before.
+    for number in older_than_newest(&numbers, keep).into_iter().rev() {
         if store.remove(job, number).is_ok() {
             removed.push(number);
         }

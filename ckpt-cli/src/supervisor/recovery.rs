@@ -149,6 +149,9 @@ impl Supervisor {
         if self.job.detach || self.job.tty {
             command.arg("--detach");
         }
+        if self.job.policy.restore_options.iter().any(|option| option == "--rollback-files") {
+            command.arg("--with-files");
+        }
         if !self.job.interceptor {
             command.arg("--no-interceptor");
         }

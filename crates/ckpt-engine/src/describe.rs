@@ -90,7 +90,9 @@ pub fn describe(image: &Image) -> Result<Description, RestoreError> {
         let what = of(kind).describe(r)?;
         match kind {
             Kind::Job => job = what.clone(),
-            Kind::SharedObject | Kind::ShmFile | Kind::SysvSemaphore => objects.push(what.clone()),
+            Kind::SharedObject | Kind::ShmFile | Kind::SysvSemaphore | Kind::SavedFile => {
+                objects.push(what.clone())
+            }
             Kind::FdTable | Kind::FileLock => {}
             k if k as u16 > Kind::FdTable as u16 => {
                 files.insert(r.owner, (kind.name(), what.clone()));

@@ -3,6 +3,9 @@
 //! read back. `cargo run --release -p ckpt-image --example throughput -- DIR [MIB] [ROUNDS]`
 //!
 //! The best of several rounds is shown, in MiB per second.
+//!
+//! `throughput chain DIR`: how long it takes to open, read and verify 1 GiB in a chain of 20 links of which each has 1 % of
+//! the pages anew, scattered.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -15,7 +18,10 @@ use ckpt_image::{Compression, Reader, Writer, ZeroPages};
 const PIECE: usize = 1 << 20;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut args = std::env::args().skip(1);
+    let mut args = std::env::args().skip(1).peekable();
+    if args.next_if(|word| word == "chain").is_some() {
+        return chain(Path::new(&args.next().ok_or("usage: throughput chain DIR")?));
+    }
     let dir = args.next().ok_or("usage: throughput DIR [MIB] [ROUNDS]")?;
     let mib: usize = args.next().map_or(Ok(1024), |word| word.parse())?;
     let rounds: usize = args.next().map_or(Ok(5), |word| word.parse())?;
@@ -101,6 +107,63 @@ fn main() -> Result<(), Box<dyn Error>> {
     let status = fs::read_to_string("/proc/self/status")?;
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("unknown");
     println!("peak memory {} with {mib} MiB of content", peak.trim());
+    Ok(())
+}
+
+fn chain(dir: &Path) -> Result<(), Box<dyn Error>> {
+    const PAGES: u64 = (1 << 30) / 4096;
+    let dir = dir.join("throughput");
+    fs::create_dir(&dir)?;
+    let memory = content(PIECE);
+    let mut parent = None;
+    let mut state = 1u64;
+    for number in 1..=21u64 {
+        let path = dir.join(number.to_string());
+        fs::create_dir(&path)?;
+        let mut writer = match parent {
+            None => Writer::create(&path, [0; 64], Compression::None)?,
+            Some(parent) => Writer::create_incremental(&path, [0; 64], Compression::None, parent)?,
+        };
+        if parent.is_none() {
+            for n in 0..PAGES / 256 {
+                writer.pages(1, n << 20, &memory, ZeroPages::Elide)?;
+            }
+        } else {
+            let mut dirty = std::collections::BTreeSet::new();
+            while (dirty.len() as u64) < PAGES / 100 {
+                state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                dirty.insert((state >> 33) % PAGES);
+            }
+            let mut at = 0;
+            for page in dirty {
+                writer.same(1, at * 4096, (page - at) * 4096, 1)?;
+                writer.pages(1, page * 4096, &memory[8192..12288], ZeroPages::Elide)?;
+                at = page + 1;
+            }
+            writer.same(1, at * 4096, (PAGES - at) * 4096, 1)?;
+        }
+        writer.finish()?;
+        parent = Some(ckpt_image::Parent { id: ckpt_image::read_header(&path)?.id, number });
+    }
+    let newest = dir.join("21");
+    let mut opening = Duration::MAX;
+    for _ in 0..5 {
+        let started = Instant::now();
+        Reader::open(&newest)?;
+        opening = opening.min(started.elapsed());
+    }
+    let reader = Reader::open(&newest)?;
+    println!("opened in {opening:?}: {} images, {} runs", reader.images().len(), reader.runs(1).len());
+    let started = Instant::now();
+    let mut buf = Vec::new();
+    for run in reader.runs(1) {
+        reader.read_run(run, &mut buf)?;
+    }
+    println!("read in {:?}", started.elapsed());
+    let started = Instant::now();
+    reader.verify(&mut |_, _| ())?;
+    println!("verified in {:?}", started.elapsed());
+    fs::remove_dir_all(&dir)?;
     Ok(())
 }
 

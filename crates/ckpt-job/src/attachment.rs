@@ -87,10 +87,18 @@ pub fn foreground(job: Job, mut again: impl FnMut()) -> Result<AttachmentEnd, Cl
         if !supervised.as_ref().is_some_and(|job| job.policy.is_failure(status, job.tty)) {
             return end;
         }
-        let Some(connection) = attachment.next_run(&registry, run.as_deref(), tty)? else {
-            return if registry.saved(&name).is_some() { Ok(AttachmentEnd::Saved) } else { end };
+        let Some((connection, next)) = attachment.next_run(&registry, run.as_deref(), tty)? else {
+            if registry.saved(&name).is_some() {
+                return Ok(AttachmentEnd::Saved);
+            }
+            if registry.run_of(&name) == run {
+                return end;
+            }
+            // The last run was over before it was seen here.
+            let status = registry.exit_status(&name)?.ok_or(ClientError::NoStatus(name))?;
+            return Ok(AttachmentEnd::Exited(WaitOutcome { status, job_ended: true }));
         };
-        run = registry.run_of(&name);
+        run = Some(next);
         attachment.connection = connection;
         attachment.unsent.clear();
         again();
@@ -164,18 +172,19 @@ impl Drop for RawTerminal {
 }
 
 impl Attachment {
-    /// Waits for the next run of a job that has failed; `None` if there will be none.
+    /// Waits for the next run of a job that has failed, and names it; `None` if there will be none.
     fn next_run(
         &self,
         registry: &Registry,
         run: Option<&str>,
         tty: bool,
-    ) -> Result<Option<Connection>, ClientError> {
+    ) -> Result<Option<(Connection, String)>, ClientError> {
         let name = &self.connection.name;
         loop {
             match verdict(registry, name, run)? {
                 Verdict::Final => return Ok(None),
                 Verdict::RunsAgain => {
+                    let next = registry.run_of(name);
                     let attached = Connection::open(registry, name).and_then(|connection| {
                         if tty {
                             let window =
@@ -186,7 +195,14 @@ impl Attachment {
                         Ok(connection)
                     });
                     match attached {
-                        Ok(connection) => return Ok(Some(connection)),
+                        Ok(connection) => {
+                            // Otherwise it may be one that came after it.
+                            if let Some(next) =
+                                next.filter(|next| registry.run_of(name).as_ref() == Some(next))
+                            {
+                                return Ok(Some((connection, next)));
+                            }
+                        }
                         // Ended again already: what comes of that shows in the next round.
                         Err(ClientError::Registry(RegistryError::NotFound(_)) | ClientError::Ended(_)) => {}
                         Err(error) => return Err(error),

@@ -344,7 +344,9 @@ pub fn wait_through(name: &JobName, whole_job: bool) -> (Result<WaitOutcome, Cli
             match verdict(&registry, name, run.as_deref()) {
                 Ok(Verdict::Open) => std::thread::sleep(VERDICT_POLL),
                 Ok(Verdict::RunsAgain) => break,
-                Ok(Verdict::Final) => return (ended, registry.saved(name)),
+                Ok(Verdict::Final) if registry.run_of(name) == run => return (ended, registry.saved(name)),
+                // The last run was over before it was seen here.
+                Ok(Verdict::Final) => return (wait(name, whole_job), registry.saved(name)),
                 Err(error) => return (Err(error.into()), None),
             }
         }

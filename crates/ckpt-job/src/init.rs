@@ -366,6 +366,7 @@ fn record(context: &InitContext, main_pid: i32, started: u64) -> JobRecord {
             Work::Restore(_) => spec.restored_command.clone(),
         },
         restored_from: spec.restored_from.clone(),
+        with_files: spec.with_files,
         tty: spec.tty,
         user_namespace: context.user_namespace,
         fresh_proc: context.fresh_proc,

@@ -65,6 +65,8 @@ pub struct LaunchSpec {
     pub restored_command: Vec<String>,
     /// The restore makes the job's memory mergeable, to be shared with other copies of it.
     pub mergeable: bool,
+    /// Dumps save the content of files that the job has open for writing.
+    pub with_files: bool,
     /// What a supervisor is to do.
     pub supervised: Option<Supervised>,
     /// Started by its supervisor, for its next run.
@@ -145,6 +147,9 @@ pub struct JobRecord {
     pub command: Vec<String>,
     /// The checkpoint that it came from.
     pub restored_from: Option<String>,
+    /// Dumps save the content of files that the job has open for writing.
+    #[serde(default)]
+    pub with_files: bool,
     /// Whether it has a terminal of its own.
     pub tty: bool,
     /// Whether it has a user namespace of its own.

@@ -71,6 +71,7 @@ fn spec(scratch: &Path, test: &str) -> LaunchSpec {
         restored_from: Some("a checkpoint".to_owned()),
         mergeable: false,
         restored_command: Vec::new(),
+        with_files: false,
         supervised: None,
         by_supervisor: false,
     }

@@ -59,18 +59,26 @@ def arguments():
     return parser.parse_args()
 
 
-def repeat_once(case, host, result, seconds):
-    """One repetition. What fails is noted, and ends nothing but this repetition."""
+# Seconds that a repetition of any case may take.
+LONGEST = 300
+
+
+def repeat_once(case, host, result, left):
+    """One repetition, while there is time. What fails is noted, and ends nothing but this repetition."""
+    seconds = min(LONGEST, max(60, left))
     begun = time.monotonic()
     try:
         with time_limit(host, seconds) as exceeded:
             try:
                 result.samples.merge(case.run(host))
             except Failure as error:
+                if exceeded.is_set() and seconds < LONGEST:
+                    raise Unavailable("no time was left to end it; give more by --budget") from error
                 raise Failure(f"it did not end within {seconds:.0f} s") if exceeded.is_set() else error
         result.repetitions += 1
     except Unavailable as error:
-        result.status, result.reason = "not available", str(error)
+        if not result.repetitions:
+            result.status, result.reason = "not available", str(error)
     except Exception as error:  # pylint: disable=broad-except
         traceback.print_exc()
         result.failures += 1
@@ -101,7 +109,7 @@ def rounds(cases, host, run, most, deadline):
             # In the first round every case is to get its turn; later ones have what is left.
             host.share(left / (len(cases) - i) * 0.8 if not number else left)
             print(f"[{int(time.monotonic() - START):4d} s] {case.name}, repetition {number + 1}", file=sys.stderr, flush=True)
-            longest[case.name] = max(longest[case.name], repeat_once(case, host, result, min(300, max(60, left))))
+            longest[case.name] = max(longest[case.name], repeat_once(case, host, result, left))
 
 
 def profile(cases, host, run, deadline):
@@ -117,7 +125,7 @@ def profile(cases, host, run, deadline):
         host.profiles = result.profiles
         host.share(0)
         scratch = Result(case, result.store)
-        repeat_once(case, host, scratch, min(300, max(60, deadline - time.monotonic())))
+        repeat_once(case, host, scratch, deadline - time.monotonic())
         host.profiles = None
     return ""
 

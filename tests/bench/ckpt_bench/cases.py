@@ -123,6 +123,15 @@ def fill(host, samples, path, memory_bytes, pages):
     samples.add("fill_ms", best / 1e6, "ms")
 
 
+def main_process(init_pid, main_pid):
+    """The pid on this host of the job's main process, which has the pid `main_pid` in the job."""
+    for child in read(f"/proc/{init_pid}/task/{init_pid}/children").split():
+        found = re.search(r"^NSpid:.*\b(\d+)$", read(f"/proc/{child}/status"), re.MULTILINE)
+        if found and int(found.group(1)) == main_pid:
+            return int(child)
+    raise Failure(f"init {init_pid} has no child that is {main_pid} in the job")
+
+
 def resident_after(pid, memory_bytes, started_ns, seconds):
     """Milliseconds from the start until the process has all its memory."""
     until = time.monotonic() + seconds
@@ -141,8 +150,10 @@ def restores(host, samples, job, said, memory_bytes, pages, big):
     job.kill()
     if big:
         fill(host, samples, pages_file(said), memory_bytes, pages)
-    ran, _ = job.restore()
+    ran, answer = job.restore()
     samples.add("first_tick_ms", ran.figures["first_tick_ns"] / 1e6, "ms")
+    for phase, taken in (answer.get("phases_ns") or {}).items():
+        samples.add(f"restore_phase {phase}", taken / 1e6, "ms")
     samples.add("restore_s", ran.wall_ms / 1e3, "s")
     samples.add("restore_peak_mib", ran.figures["peak_kib"] / 1024, "MiB")
     expect_right(job.observer)
@@ -152,13 +163,21 @@ def restores(host, samples, job, said, memory_bytes, pages, big):
             samples.unavailable(name, "this ckpt has no `restore --lazy`")
         return
     ran, answer = job.restore("--lazy")
+    if big and "not lazily" in ran.errors:
+        reason = ran.errors.split("not lazily:")[-1].strip()[:200]
+        for name in ("lazy_first_tick_ms", "lazy_resident_ms", "lazy_touched_ms"):
+            samples.unavailable(name, f"restored as a whole: {reason}")
+        job.kill()
+        return
     samples.add("lazy_first_tick_ms", ran.figures["first_tick_ns"] / 1e6, "ms")
+    for phase, taken in (answer.get("phases_ns") or {}).items():
+        samples.add(f"restore_phase lazy {phase}", taken / 1e6, "ms")
     if ran.errors:
         samples.note("lazy said", ran.errors[-300:])
     if big:
         started = ran.figures["started_ns"]
         try:
-            samples.add("lazy_resident_ms", resident_after(answer["main_pid"], memory_bytes, started, 60), "ms")
+            samples.add("lazy_resident_ms", resident_after(main_process(answer["init_pid"], answer["main_pid"]), memory_bytes, started, 60), "ms")
         except Unavailable as error:
             samples.unavailable("lazy_resident_ms", str(error))
     expect_right(job.observer)

@@ -75,7 +75,7 @@ def _linear_ticks(top):
 
 
 def bars(title, unit, groups, names, limits=(), logarithmic=False):
-    """Grouped bars.
+    """Grouped bars; None if there are no figures.
 
     groups: (label, [value or (first quartile, median, third quartile) or None for each name]). limits: for each group a number or None, drawn as a dashed line.
     """
@@ -84,8 +84,7 @@ def bars(title, unit, groups, names, limits=(), logarithmic=False):
     flat = [v[2] for _, values in triples for v in values if v] + [limit for limit in limits if limit]
     low = [v[1] for _, values in triples for v in values if v and v[1] > 0]
     if not low:
-        canvas.text(WIDTH / 2, HEIGHT / 2, "no figures", anchor="middle")
-        return canvas.svg()
+        return None
     top = max(flat) * (2.2 if logarithmic else 1.12)
     bottom = 10 ** math.floor(math.log10(min(low))) if logarithmic else 0
     height = HEIGHT - TOP - BOTTOM
@@ -131,12 +130,11 @@ def bars(title, unit, groups, names, limits=(), logarithmic=False):
 
 
 def lines(title, x_unit, y_unit, series, x_step, x_limit=None):
-    """Lines over time. series: (name, [values at x_step distance])."""
+    """Lines over time; None if there are none. series: (name, [values at x_step distance])."""
     canvas = Canvas(title)
     series = [(name, values) for name, values in series if values]
     if not series:
-        canvas.text(WIDTH / 2, HEIGHT / 2, "no figures", anchor="middle")
-        return canvas.svg()
+        return None
     right = max(len(values) for _, values in series) * x_step
     if x_limit:
         right = min(right, x_limit)

@@ -164,7 +164,7 @@ def plots(run):
         [(name, [_triple(results, "redis", f"{way}_p99_ms"), _triple(results, "redis", f"{way}_worst_ms")]) for name, way in ways],
         ["99th percentile", "worst"], logarithmic=True,
     )  # fmt: skip
-    return made
+    return {name: text for name, text in made.items() if text}
 
 
 def _selected(result, evidence):
@@ -250,6 +250,8 @@ def publish(run, docs):
     docs = pathlib.Path(docs)
     (docs / "plots").mkdir(exist_ok=True)
     made = plots(run)
+    for old in (docs / "plots").glob("*.svg"):
+        old.unlink()
     for name, text in made.items():
         (docs / "plots" / name).write_text(text, encoding="utf-8")
     page = docs / "performance.md"

@@ -33,6 +33,8 @@ pub struct DumpRequest<'a> {
     pub engine: &'a dyn Engine,
     /// Kill the job when the image is complete, while it is still frozen.
     pub stop: bool,
+    /// Save the content of files that the job is writing, too.
+    pub with_files: bool,
     /// Bytes a second that are written at most.
     pub io_limit: Option<NonZeroU64>,
     /// Free bytes of the store; asked before anything is stopped.
@@ -86,7 +88,8 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 /// # Errors
 /// In each case the job runs on as before.
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
-    let DumpRequest { info, dir, compression, engine, stop, io_limit, free_bytes, progress } = request;
+    let DumpRequest { info, dir, compression, engine, stop, with_files, io_limit, free_bytes, progress } =
+        request;
     let mut phases = phases::Phases::default();
     let found = discover::discover(&info)?;
     let engine = engine.prepare(&found.job, stop)?;
@@ -100,8 +103,12 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let mut frozen = freeze::freeze(&info, &mut phases)?;
     frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
-    let collected = collect::collect(&mut frozen, &mut warnings)?;
+    let mut collected = collect::collect(&mut frozen, &mut warnings)?;
     phases.end("collect");
+    if with_files {
+        crate::resource::saved_file::keep(&frozen.job, dir, &mut collected)?;
+        phases.end("files");
+    }
     let mut snapshot = snapshot::take(engine, &mut frozen, &collected)?;
     phases.end("snapshot");
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());

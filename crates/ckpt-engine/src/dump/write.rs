@@ -42,6 +42,7 @@ pub fn write(
             snapshot: &mut *snapshot,
             sources: &collected.sources,
             deferred: &collected.deferred,
+            kept: &collected.kept,
             stored: &mut stored,
             writer: &mut writer,
             pace,

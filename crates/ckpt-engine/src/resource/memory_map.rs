@@ -504,7 +504,10 @@ impl Resource for MemoryMapResource {
     }
 
     fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
-        let m: MemoryMapRecord = decode(record, VERSION)?;
+        let mut m: MemoryMapRecord = decode(record, VERSION)?;
+        for f in &mut m.files {
+            f.path = super::saved_file::path_now(cx, &f.path);
+        }
         Self::lay_out(cx, record.owner as i32, &m)
     }
 

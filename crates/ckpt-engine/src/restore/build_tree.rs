@@ -41,6 +41,8 @@ pub struct Build<'a> {
     pub pipes: BTreeMap<u64, (i32, i32)>,
     /// Ends of socket pairs being rebuilt, by inode number: where they are kept.
     pub sockets: BTreeMap<u64, (i32, i32)>,
+    /// Files to be put back.
+    pub rollbacks: super::rollback::Rollbacks,
     /// First descriptor number of each process that its table doesn't use.
     free_numbers: BTreeMap<i32, i32>,
     /// What the person who restores should know.
@@ -91,6 +93,7 @@ impl<'a> Build<'a> {
             free_numbers: plan.free_numbers.clone(),
             plan,
             warnings: Vec::new(),
+            rollbacks: super::rollback::Rollbacks::default(),
             page_server: None,
             eager_because: None,
             ghosts: BTreeSet::new(),

@@ -183,7 +183,20 @@ pub fn fill_file(
     object: u64,
     bytes: u64,
 ) -> Result<(), RestoreError> {
-    let reader = &build.image.reader;
+    fill_from(build.image, file, object, bytes)
+}
+
+/// The same, without anything being built.
+///
+/// # Errors
+/// As [`fill_file`].
+pub fn fill_from(
+    image: &super::read::Image,
+    file: &std::fs::File,
+    object: u64,
+    bytes: u64,
+) -> Result<(), RestoreError> {
+    let reader = &image.reader;
     let items: Vec<_> = reader.runs(object).iter().map(|run| (run, Target::File(file, bytes))).collect();
     in_parallel(reader, &items)
 }

@@ -11,6 +11,7 @@ pub mod page_server;
 pub mod plan;
 pub mod read;
 pub mod resume;
+pub mod rollback;
 pub mod working_set;
 
 use crate::error::RestoreError;
@@ -48,6 +49,9 @@ pub struct RestoreOptions {
     pub allow_changed: BTreeSet<String>,
     /// Memory is made mergeable (MADV_MERGEABLE), so that the kernel shares pages that several copies of the job have.
     pub mergeable: bool,
+    /// Put files back whose content is in the image.
+    #[serde(default)]
+    pub rollback_files: bool,
 }
 
 /// What init provides.
@@ -133,6 +137,10 @@ fn rebuild_with(request: &RestoreRequest, server: &mut Option<PageServer>) -> Re
     if !ckpt_sys::hook::skipped(Kind::Process.name()) {
         build.build_tree()?;
     }
+    if request.options.rollback_files && image.of_kind(Kind::SavedFile).next().is_none() {
+        build.warnings.push("the checkpoint was made without --with-files: no file is rolled back".into());
+    }
+    build.rollbacks = rollback::Rollbacks::prepare(&image, std::mem::take(&mut build.plan.rollbacks))?;
     done("build_tree");
     let order = in_order();
     let steps: [(&str, Step); 4] = [

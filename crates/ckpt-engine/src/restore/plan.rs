@@ -33,6 +33,8 @@ pub struct Plan {
     pub free_numbers: BTreeMap<i32, i32>,
     /// Files to cut back to the length they had: path, then and now.
     pub cuts: Vec<(Vec<u8>, FileStat, FileStat)>,
+    /// Files to be put back from the content in the image.
+    pub rollbacks: super::rollback::Changes,
 }
 
 /// A file that the job has open or mapped.
@@ -163,6 +165,7 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
         plan.free_numbers.insert(r.owner as i32, free);
     }
     let mut conflicts = Vec::new();
+    plan.rollbacks = super::rollback::changes(image, request)?;
     judge_files(image, request, &mut plan, &mut conflicts)?;
     for r in image.of_kind(Kind::External) {
         let e: ExternalRecord = decode(r, crate::resource::fd::external::VERSION)?;
@@ -204,7 +207,7 @@ fn judge_files(
     for (path, used) in files(image)? {
         let name = String::from_utf8_lossy(&path).into_owned();
         // Files of the job's own /dev/shm come out of the image.
-        if path.starts_with(b"/dev/shm/") {
+        if path.starts_with(b"/dev/shm/") || plan.rollbacks.contains_key(&path) {
             continue;
         }
         let mut conflict = |why: String, advice: &str| {

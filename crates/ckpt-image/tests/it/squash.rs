@@ -432,3 +432,47 @@ fn retention_squashes_what_must_stay_readable() {
     sample.check(&numbers[6..]);
     assert_eq!(prune(1, 0), ckpt_image::store::Pruned::default());
 }
+
+/// Whoever opens a checkpoint by its path while that is squashed gets the old image or the new one.
+#[test]
+fn reading_races_with_squashing() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let mut random = Random(seed("reading_races_with_squashing"));
+    let scratch = Scratch::new("read-race");
+    let sample = sample_of(scratch.path(), &mut random, 0, 20);
+    let job = scratch.path().join(JOB);
+    let newest = AtomicU64::new(1000);
+    std::thread::scope(|scope| {
+        let mut writer = crate::chain::start(&job, 1000, 0, Compression::None);
+        writer.pages(1, 0, &text_page("base").repeat(20), ZeroPages::Elide).unwrap();
+        writer.finish().unwrap();
+        let reader = scope.spawn(|| {
+            let mut opened = 0;
+            loop {
+                let number = newest.load(Ordering::SeqCst);
+                if number == u64::MAX {
+                    return opened;
+                }
+                let reader = match Reader::open(&job.join(number.to_string())) {
+                    // There is a newer one, and this one may have been removed.
+                    Err(_) if newest.load(Ordering::SeqCst) != number => continue,
+                    opened => opened.unwrap(),
+                };
+                assert_eq!(read_all(&reader)[&1].len(), 20);
+                opened += 1;
+            }
+        });
+        for number in 1001..1040 {
+            let mut writer = crate::chain::start(&job, number, number - 1, Compression::None);
+            writer.same(1, 0, 10 * 4096, 1).unwrap();
+            writer.pages(1, 10 * 4096, &text_page("newer").repeat(10), ZeroPages::Elide).unwrap();
+            writer.finish().unwrap();
+            newest.store(number, Ordering::SeqCst);
+            squash(&sample.store, number, false).unwrap();
+            // Its parent may go at once.
+            sample.store.remove(JOB, number - 1).unwrap();
+        }
+        newest.store(u64::MAX, Ordering::SeqCst);
+        println!("opened {} times", reader.join().unwrap());
+    });
+}
