@@ -189,6 +189,21 @@ fn a_dump_first_fetches_what_is_missing() {
     });
 }
 
+/// init's threads must not give it what a dump compares the job's processes with (see `resource::sysv_semaphore`).
+#[test]
+fn a_dump_after_it_knows_who_has_no_semaphores_to_undo() {
+    each_user("lazy-semaphores", Users::OnlyRoot, |sandbox| {
+        with_ready_job(&Guest::new("sysv_semaphore"), sandbox, |job, nonce| {
+            for _ in 0..2 {
+                job.dump(&[])?;
+                job.kill()?;
+                expect_lazy(&restore(job, &[HELD], &[])?)?;
+            }
+            expect_ok(job, sandbox, nonce)
+        })
+    });
+}
+
 #[test]
 fn the_working_set_is_kept_and_used() {
     each_user("lazy-working-set", Users::OnlyRoot, |sandbox| {
