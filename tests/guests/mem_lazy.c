@@ -184,6 +184,21 @@ static void through_exec(void)
 	check_area("after the children");
 }
 
+static void through_children(void)
+{
+	/* Many that end at once, one after the other, some after a look at missing memory. */
+	for (size_t n = 0; n < 600; n++) {
+		pid_t child = MUST(fork());
+
+		if (!child) {
+			if (n % 16 == 0)
+				check_at("in one of many children", area + n * PAGE_BYTES, n * PAGE_BYTES, PAGE_BYTES);
+			_exit(0);
+		}
+		guest_join(child);
+	}
+}
+
 static void *reader(void *start)
 {
 	size_t first = (size_t)start;
@@ -239,6 +254,7 @@ int main(int argc, char **argv)
 		{ "dontneed", through_dontneed }, { "munmap", through_munmap },	{ "calls", through_calls },
 		{ "exec", through_exec },	{ "threads", through_threads },	{ "protection", through_protection },
 		{ "bare", through_bare },	{ "exit", NULL },
+		{ "children", through_children },
 	};
 
 	pattern_begin(argc, argv);

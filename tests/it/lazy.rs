@@ -120,6 +120,27 @@ fn wait_complete(job: &Job<'_>) -> Outcome<()> {
     .unwrap_or_else(|| Err(Failure::new("memory is still missing")))
 }
 
+/// Descriptors of children that have ended must not pile up in init.
+#[test]
+fn many_children_need_few_descriptors() {
+    each_user("lazy-children", Users::OnlyRoot, |sandbox| {
+        with_ready_job(&Guest::new("mem_lazy").arg("children"), sandbox, |job, nonce| {
+            job.dump(&[])?;
+            job.kill()?;
+            expect_lazy(&restore(job, &[HELD], &[])?)?;
+            let processes = job.processes();
+            let init = processes.first().ok_or_else(|| Failure::new("the job does not run"))?;
+            let limited = std::process::Command::new("prlimit")
+                .args(["--nofile=300:300", "--pid", &init.pid.to_string()])
+                .status();
+            if !limited.is_ok_and(|status| status.success()) {
+                return Err(Failure::new("prlimit failed"));
+            }
+            expect_ok(job, sandbox, nonce)
+        })
+    });
+}
+
 #[test]
 fn the_rest_comes_by_itself() {
     each_user("lazy-background", Users::OnlyRoot, |sandbox| {

@@ -160,6 +160,28 @@ impl Userfault {
     }
 }
 
+/// Whether the memory that a userfaultfd watches is gone: its last process has ended or executed another program. `false` while
+/// that can't be told. Changes nothing.
+pub fn memory_is_gone(userfault: BorrowedFd<'_>) -> bool {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+    /// Below the end of user space everywhere, above what may not be mapped; what is there doesn't matter.
+    const SOMEWHERE: u64 = 1 << 36;
+    let Some(page) = std::num::NonZeroUsize::new(crate::memory::PAGE as usize) else { return false };
+    // SAFETY: a new mapping where the kernel likes.
+    let Ok(nothing) = (unsafe { mmap_anonymous(None, page, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE) })
+    else {
+        return false;
+    };
+    // A copy of what can't be read makes no page (ENOENT, EEXIST, EFAULT); memory that is gone is found before (ESRCH).
+    let mut words = [SOMEWHERE, nothing.as_ptr() as u64, page.get() as u64, 0, 0];
+    // SAFETY: the structure of UFFDIO_COPY is five words; the kernel only reads at `nothing`, which it can't.
+    let done =
+        Errno::result(unsafe { libc::ioctl(userfault.as_raw_fd(), UFFDIO_COPY as _, words.as_mut_ptr()) });
+    // SAFETY: made above, and nothing borrows it.
+    let _ = unsafe { munmap(nothing, page.get()) };
+    done == Err(Errno::ESRCH)
+}
+
 /// What a fill did: the kernel puts a negative errno where the count stands if nothing was done.
 fn settle(asked: u64, done: u64, result: Result<()>) -> (u64, Result<()>) {
     match result {
@@ -196,6 +218,7 @@ mod tests {
         assert_eq!(u.copy(start + PAGE, &content), (2 * PAGE, Ok(())));
         assert_eq!(u.copy(start + PAGE, &content), (0, Err(Errno::EEXIST)));
         assert_eq!(u.copy(start, &content), (PAGE, Ok(())), "stops before the page that exists");
+        assert!(!memory_is_gone(u.as_fd()));
         assert_eq!(u.zero(start + 3 * PAGE, 5 * PAGE), (5 * PAGE, Ok(())));
         assert_eq!(u.copy(start + 8 * PAGE, &content[..PAGE as usize]), (0, Err(Errno::ENOENT)));
         assert!(u.event().unwrap().is_none());

@@ -13,6 +13,10 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+/// From this number of descriptors on, those of processes that have ended are looked for, each time that there are twice as many
+/// as were left the last time.
+pub const MANY: usize = 64;
+
 /// The end of the connection that the page server has.
 #[derive(Debug)]
 pub struct Keeper(OwnedFd);
@@ -49,11 +53,18 @@ fn keep(socket: &OwnedFd) -> i32 {
         let _ = spawn::close_inherited(fd);
     }
     raise_limit();
-    let (mut init, mut held) = (None, Vec::new());
+    let (mut init, mut held) = (None, Vec::<OwnedFd>::new());
+    let mut many = MANY;
     loop {
         match receive_descriptor(socket.as_fd()) {
             Ok(Some((b'i', Some(fd)))) => init = Some(fd),
-            Ok(Some((b'h', Some(fd)))) => held.push(fd),
+            Ok(Some((b'h', Some(fd)))) => {
+                held.push(fd);
+                if held.len() >= many {
+                    held.retain(|fd| !ckpt_sys::userfault::memory_is_gone(fd.as_fd()));
+                    many = MANY.max(2 * held.len());
+                }
+            }
             Ok(Some((b'd', _))) => return 0,
             Ok(Some(_)) => {}
             // The end of the connection, or what comes to the same.

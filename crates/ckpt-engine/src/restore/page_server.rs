@@ -14,7 +14,7 @@
 
 use super::build_tree::Build;
 use super::fill_memory::{is_private_anonymous, leave_semaphore_undo_list, stored, userfault_of};
-use super::page_keeper::Keeper;
+use super::page_keeper::{Keeper, MANY};
 use super::read::Image;
 use super::working_set::WorkingSet;
 use crate::error::RestoreError;
@@ -22,7 +22,7 @@ use crate::model::memory::read_smaps;
 use crate::resource::memory_map::{MemoryMapRecord, VmaRecord};
 use ckpt_image::{Run, RunKind};
 use ckpt_sys::memory::PAGE;
-use ckpt_sys::userfault::{Event, FEATURE_EVENTS, Userfault};
+use ckpt_sys::userfault::{Event, FEATURE_EVENTS, Userfault, memory_is_gone};
 use ckpt_sys::{Errno, libc};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -398,8 +398,21 @@ impl Shared {
         let mut waiting: Vec<(Arc<Space>, u64)> = Vec::new();
         let mut buf = Vec::new();
         let mut since = Instant::now();
+        let mut many = MANY;
         loop {
-            let spaces = self.all_spaces();
+            let mut spaces = self.all_spaces();
+            if spaces.len() >= many {
+                // A script forks thousands of children that soon end: their descriptors must not pile up.
+                for s in &spaces {
+                    let mut memory = s.lock();
+                    if !memory.gone && memory_is_gone(s.userfault.as_fd()) {
+                        self.forget(&mut memory);
+                    }
+                }
+                spaces.retain(|s| !s.lock().gone);
+                self.spaces.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&spaces);
+                many = MANY.max(2 * spaces.len());
+            }
             let live: Vec<&Arc<Space>> = spaces.iter().filter(|s| !s.lock().gone).collect();
             let mut polled = vec![PollFd::new(self.wake_server.as_fd(), PollFlags::POLLIN)];
             polled.extend(live.iter().map(|s| PollFd::new(s.userfault.as_fd(), PollFlags::POLLIN)));
