@@ -23,6 +23,8 @@
 #define HUGE (2UL << 20)
 #define MAX_ROUNDS 101
 #define CHUNK (1UL << 20)
+// Pages that another processor's list of pages to activate still holds look like I/O in flight. They are few.
+#define MAX_COPY 64
 
 static void require(int ok, const char *what)
 {
@@ -85,7 +87,7 @@ static uint64_t measure_snapshot(void)
 	struct ckpt_snapshot_args args = snapshot(0);
 
 	took = now_ns() - start;
-	require(args.pages_data >= bytes / PAGE, "pages are missing");
+	require(args.pages_data + args.pages_copy >= bytes / PAGE && args.pages_copy <= MAX_COPY, "pages are missing");
 	close(args.fd);
 	return took;
 }
@@ -141,9 +143,17 @@ static uint64_t measure_read_write(void)
 	int out = out_file();
 	uint64_t start = now_ns(), took;
 
-	for (size_t done = 0; done < bytes; done += CHUNK) {
-		require(pread(args.fd, buffer, CHUNK, (off_t)(memory + done)) == (ssize_t)CHUNK, "pread");
-		require(write(out, buffer, CHUNK) == (ssize_t)CHUNK, "write");
+	for (size_t done = 0; done < bytes;) {
+		size_t part = bytes - done < CHUNK ? bytes - done : CHUNK;
+		ssize_t got = pread(args.fd, buffer, part, (off_t)(memory + done));
+
+		if (got < 0 && errno == ENXIO) {
+			done += PAGE;
+			continue;
+		}
+		require(got > 0, "pread");
+		require(write(out, buffer, (size_t)got) == got, "write");
+		done += (size_t)got;
 	}
 	took = now_ns() - start;
 	close(out);
@@ -161,8 +171,14 @@ static uint64_t measure_splice(void)
 	require(pipe(pipes) == 0 && fcntl(pipes[1], F_SETPIPE_SZ, CHUNK) == (int)CHUNK, "pipe");
 	start = now_ns();
 	for (size_t done = 0; done < bytes;) {
-		ssize_t got = splice(args.fd, &from, pipes[1], NULL, CHUNK, 0);
+		size_t part = bytes - done < CHUNK ? bytes - done : CHUNK;
+		ssize_t got = splice(args.fd, &from, pipes[1], NULL, part, 0);
 
+		if (got < 0 && errno == ENXIO) {
+			from += (off_t)PAGE;
+			done += PAGE;
+			continue;
+		}
 		require(got > 0, "splice from the snapshot");
 		for (ssize_t left = got; left > 0;) {
 			ssize_t put = splice(pipes[0], NULL, out, NULL, (size_t)left, SPLICE_F_MOVE);
