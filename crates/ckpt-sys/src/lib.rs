@@ -12,12 +12,14 @@ pub mod inject;
 pub mod local_socket;
 pub mod memory;
 pub mod namespace;
+pub mod pagemap;
 pub mod probe;
 pub mod ptrace;
 pub mod pty;
 pub mod socket;
 pub mod spawn;
 pub mod task;
+pub mod userfaultfd;
 
 pub use libc;
 pub use nix::errno::Errno;
