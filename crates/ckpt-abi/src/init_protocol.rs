@@ -28,6 +28,8 @@ pub const HEADER_BYTES: usize = 24;
 /// Largest payload in bytes. Well below the default socket buffer, so that a message is never refused for
 /// its size by the kernel.
 pub const MAX_PAYLOAD_BYTES: usize = 96 * 1024;
+/// Most descriptors in one message. The kernel's limit is 253 (SCM_MAX_FD).
+pub const MAX_DESCRIPTORS: usize = 200;
 
 /// What a message asks or answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +52,13 @@ pub enum Kind {
     Resize = 0x0005,
     /// Request: stop being the job's terminal. Answered by [`Kind::Done`].
     Detach = 0x0006,
+    /// Request: keep the descriptors that come with the message (SCM_RIGHTS, at most [`MAX_DESCRIPTORS`]) and the payload, which init
+    /// does not look into, until they are asked for. `arg` is 1 if more of the same follows, 0 with the last: only then do they take the
+    /// place of what was kept before, and if the connection ends before, all is dropped. Answered by [`Kind::Done`].
+    Keep = 0x0007,
+    /// Request: give what is kept. With `arg` 0 it is given away, with 1 a copy stays. Answered by one [`Kind::Kept`] for each part,
+    /// then [`Kind::Done`].
+    Take = 0x0008,
     /// Bytes of the terminal, in both directions, in the payload. No answer.
     Data = 0x0010,
 
@@ -64,6 +73,8 @@ pub enum Kind {
     Exited = 0x8003,
     /// Notice: another client is the job's terminal now.
     Detached = 0x8004,
+    /// Reply to [`Kind::Take`]: a part, with its descriptors, as it came with [`Kind::Keep`].
+    Kept = 0x8005,
 
     /// Start, to the launching process: a line of progress, UTF-8.
     LaunchProgress = 0x9000,
@@ -79,19 +90,22 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind that this build knows.
-    pub const ALL: [Kind; 17] = [
+    pub const ALL: [Kind; 20] = [
         Kind::Status,
         Kind::Kill,
         Kind::Wait,
         Kind::Attach,
         Kind::Resize,
         Kind::Detach,
+        Kind::Keep,
+        Kind::Take,
         Kind::Data,
         Kind::Done,
         Kind::Error,
         Kind::StatusReply,
         Kind::Exited,
         Kind::Detached,
+        Kind::Kept,
         Kind::LaunchProgress,
         Kind::LaunchWarning,
         Kind::LaunchCommitted,

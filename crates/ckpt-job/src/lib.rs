@@ -30,7 +30,7 @@ pub mod spec;
 mod supervise;
 
 pub use attachment::foreground;
-pub use client::{JobStatus, LiveJob, WaitOutcome, kill, live_jobs, status, wait};
+pub use client::{JobStatus, Kept, LiveJob, WaitOutcome, keep, kill, live_jobs, status, take, wait};
 pub use init::{
     INIT_ARGUMENT, InitContext, JobPty, Progress, StartError, StartErrorClass, Started, init_main,
 };
