@@ -98,7 +98,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             processes: outcome.processes,
             threads: outcome.threads,
             memory_bytes: outcome.memory_bytes,
-            engine: engine.name(),
+            engine: outcome.account.engine,
             warnings: &outcome.warnings,
         })?;
     } else {

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! /proc/pid/pagemap: the PAGEMAP_SCAN ioctl (Linux 6.7) and soft-dirty bits (Documentation/admin-guide/mm/pagemap.rst,
-//! soft-dirty.rst in the kernel's sources).
-//!
-//! Constants and layouts are those of linux/fs.h, which libc does not have.
+//! /proc/pid/pagemap: the PAGEMAP_SCAN ioctl (Linux 6.7, `linux/fs.h`), which finds the pages of a process that are of certain
+//! sorts without looking at each, and soft-dirty bits (Documentation/admin-guide/mm/soft-dirty.rst in the kernel's sources).
 
 use crate::memory::PAGE;
 use nix::errno::Errno;
@@ -10,25 +8,46 @@ use nix::unistd::Pid;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
-/// The mapping is watched in asynchronous write-protect mode.
-pub const WP_ALLOWED: u64 = 1 << 0;
 /// The page has been written to since it was protected, or never was.
 pub const WRITTEN: u64 = 1 << 1;
-/// A page of a file or of shared memory, not a private copy.
+/// A page of a file or of shared memory.
 pub const FILE: u64 = 1 << 2;
 /// In memory.
 pub const PRESENT: u64 = 1 << 3;
 /// In swap; also the mark that an unmapped page of a file leaves if it was protected.
 pub const SWAPPED: u64 = 1 << 4;
+/// The zero page.
+pub const ZERO: u64 = 1 << 5;
 
-const PAGEMAP_SCAN: u64 = 0xc060_6610;
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
-/// `struct pm_scan_arg`.
+/// Stretches that one call of [`scan_written`] gives at most.
+const REGIONS: usize = 1024;
+
+/// `struct page_region`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
-#[derive(Default)]
-struct ScanArg {
+pub struct Region {
+    /// First byte.
+    pub start: u64,
+    /// One past the last.
+    pub end: u64,
+    /// What all its pages are.
+    pub categories: u64,
+}
+
+impl Region {
+    /// Whether its pages are of one of these sorts.
+    pub fn is(&self, categories: u64) -> bool {
+        self.categories & categories != 0
+    }
+}
+
+/// `struct pm_scan_arg`.
+#[derive(Debug, Default)]
+#[repr(C)]
+struct Arguments {
     size: u64,
     flags: u64,
     start: u64,
@@ -43,36 +62,56 @@ struct ScanArg {
     return_mask: u64,
 }
 
-/// A stretch of pages with the same categories (`struct page_region`).
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Region {
-    /// First byte.
-    pub start: u64,
-    /// One past the last.
-    pub end: u64,
-    /// [`WRITTEN`] and so on.
-    pub categories: u64,
-}
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
 
-impl Region {
-    /// Whether it has one of these categories.
-    pub fn is(&self, categories: u64) -> bool {
-        self.categories & categories != 0
-    }
-}
-
-/// Regions that one call gives at most.
-const REGIONS: usize = 1024;
-
-/// Gives all pages of `[start, end)` that are in memory or in swap, with [`WRITTEN`], [`FILE`], [`PRESENT`] and [`SWAPPED`],
-/// in order. With `protect` those that are written are protected in the same step, so that each write is either seen now or
-/// by the next scan.
+/// Fills `regions` with the stretches in `[start, end)` of pages that are of one of the sorts `any` and of none of the
+/// sorts `not`. Gives their number, and where the scan ended: at `end`, or where `regions` was full.
 ///
 /// # Errors
-/// `EPERM` if a mapping in the range is not watched by [`crate::userfaultfd::WriteTracking`]; then nothing after it has been looked
-/// at or protected. `ENOTTY` before Linux 6.7.
+/// ENOTTY before Linux 6.7; ESRCH if the process of `pagemap` has ended.
 pub fn scan(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    any: u64,
+    not: u64,
+    regions: &mut [Region],
+) -> Result<(usize, u64), Errno> {
+    let mut args = Arguments {
+        size: size_of::<Arguments>() as u64,
+        start,
+        end,
+        category_inverted: not,
+        category_mask: not,
+        category_anyof_mask: any,
+        return_mask: any,
+        ..Arguments::default()
+    };
+    call(pagemap, &mut args, regions)
+}
+
+fn call(pagemap: &File, args: &mut Arguments, regions: &mut [Region]) -> Result<(usize, u64), Errno> {
+    args.vec = regions.as_mut_ptr() as u64;
+    args.vec_len = regions.len() as u64;
+    // SAFETY: `args` is a live `struct pm_scan_arg`, and the kernel writes at most `vec_len` regions to `vec`, a live
+    // slice of that many.
+    let n =
+        Errno::result(unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut *args) })? as usize;
+    // A call that fills the kernel's own buffer on the way and then comes to the end tells where the buffer was full. What it gave
+    // beyond must not be given again.
+    let last = regions.get(..n).and_then(<[Region]>::last).map_or(0, |r| r.end);
+    Ok((n, args.walk_end.max(last)))
+}
+
+/// Gives all pages of `[start, end)` that are in memory or in swap, with [`WRITTEN`], [`FILE`], [`PRESENT`], [`SWAPPED`] and [`ZERO`], in
+/// order. With `protect` those that are written are protected in the same step, so that each write is seen either now or by the next
+/// scan.
+///
+/// # Errors
+/// `EPERM` if a mapping in the range is not watched by a [`crate::userfaultfd::WriteTracking`]; what comes before it has been given and
+/// protected. `ENOTTY` before Linux 6.7; `ESRCH` if the process has ended.
+pub fn scan_written(
     pagemap: &File,
     start: u64,
     end: u64,
@@ -82,29 +121,21 @@ pub fn scan(
     let mut regions = [Region::default(); REGIONS];
     let mut at = start;
     while at < end {
-        let mut arg = ScanArg {
-            size: size_of::<ScanArg>() as u64,
+        let mut args = Arguments {
+            size: size_of::<Arguments>() as u64,
             flags: PM_SCAN_CHECK_WPASYNC | if protect { PM_SCAN_WP_MATCHING } else { 0 },
             start: at,
             end,
-            vec: regions.as_mut_ptr() as u64,
-            vec_len: REGIONS as u64,
             category_anyof_mask: PRESENT | SWAPPED,
-            return_mask: WRITTEN | FILE | PRESENT | SWAPPED,
-            ..ScanArg::default()
+            return_mask: WRITTEN | FILE | PRESENT | SWAPPED | ZERO,
+            ..Arguments::default()
         };
-        // SAFETY: the kernel reads and writes one `struct pm_scan_arg`, which this is, and writes at most `vec_len`
-        // regions to `vec`, which has room for them and lives until the call has returned.
-        let n = Errno::result(unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) })?;
-        let found = &regions[..(n as usize).min(REGIONS)];
-        found.iter().copied().for_each(&mut *sink);
-        // Where a call fills the kernel's own buffer and then comes to the end, `walk_end` is where the buffer was full. What it
-        // gave beyond must not be looked at again: it is protected now.
-        let next = found.last().map_or(arg.walk_end, |last| last.end.max(arg.walk_end));
-        if next <= at {
+        let (n, seen) = call(pagemap, &mut args, &mut regions)?;
+        regions[..n].iter().copied().for_each(&mut *sink);
+        if seen <= at {
             return Err(Errno::EIO);
         }
-        at = next;
+        at = seen;
     }
     Ok(())
 }
@@ -196,7 +227,7 @@ mod tests {
     /// The pages of `m`: 'w' written, '-' present or swapped and not written, ' ' not there.
     fn picture(m: &Memory, protect: bool) -> String {
         let mut out = vec![b' '; (m.bytes / PAGE) as usize];
-        scan(&pagemap(), m.addr, m.addr + m.bytes, protect, &mut |r| {
+        scan_written(&pagemap(), m.addr, m.addr + m.bytes, protect, &mut |r| {
             for page in (r.start - m.addr) / PAGE..(r.end - m.addr) / PAGE {
                 out[page as usize] = if r.is(WRITTEN) { b'w' } else { b'-' };
             }
@@ -221,7 +252,7 @@ mod tests {
         let Some(t) = tracking() else { return };
         let m = Memory::map(8);
         (0..6).for_each(|page| m.touch(page, 1));
-        assert_eq!(scan(&pagemap(), m.addr, m.addr + m.bytes, true, &mut |_| ()), Err(Errno::EPERM));
+        assert_eq!(scan_written(&pagemap(), m.addr, m.addr + m.bytes, true, &mut |_| ()), Err(Errno::EPERM));
         t.register(m.addr, m.bytes).unwrap();
         assert_eq!(picture(&m, true), "wwwwww  ");
         assert_eq!(picture(&m, true), "------  ");
@@ -245,7 +276,7 @@ mod tests {
         t.register(m.addr, m.bytes).unwrap();
         assert_eq!(picture(&m, true), "wwwwww w");
         drop(t);
-        assert_eq!(scan(&pagemap(), m.addr, m.addr + m.bytes, true, &mut |_| ()), Err(Errno::EPERM));
+        assert_eq!(scan_written(&pagemap(), m.addr, m.addr + m.bytes, true, &mut |_| ()), Err(Errno::EPERM));
     }
 
     #[test]
@@ -264,7 +295,7 @@ mod tests {
         let moved = unsafe { libc::mremap(from, bytes, bytes, flags, at) };
         assert_eq!(moved as u64, to.addr);
         let end = to.addr + to.bytes;
-        assert_eq!(scan(&pagemap(), to.addr, end, true, &mut |_| ()), Err(Errno::EPERM));
+        assert_eq!(scan_written(&pagemap(), to.addr, end, true, &mut |_| ()), Err(Errno::EPERM));
         t.register(to.addr, to.bytes).unwrap();
         let again = WriteTracking::of_this_process().unwrap();
         assert_eq!(again.register(to.addr, to.bytes), Err(Errno::EBUSY));

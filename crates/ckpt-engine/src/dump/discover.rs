@@ -5,7 +5,7 @@ use crate::error::{DumpError, Refusals};
 use crate::model::build_id::BuildIds;
 use crate::model::{Job, JobInfo};
 use crate::resource::{REGISTRY, in_order};
-use crate::snapshot::Engine;
+use crate::snapshot::{Prepared, private_bytes};
 use ckpt_image::Compression;
 use std::path::Path;
 
@@ -42,7 +42,7 @@ pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
         }
     };
     job.build_ids = BuildIds::of_job(&job);
-    let memory_bytes = job.live().flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum();
+    let memory_bytes = private_bytes(&job);
     Ok(Discovered { job, memory_bytes })
 }
 
@@ -79,7 +79,7 @@ impl Discovered {
     /// [`DumpError::Memory`], [`DumpError::Space`].
     pub fn check_room(
         &self,
-        engine: &dyn Engine,
+        engine: &dyn Prepared,
         compression: Compression,
         free_bytes: u64,
         dir: &Path,
@@ -94,15 +94,16 @@ impl Discovered {
                 path: dir.to_owned(),
             });
         }
-        if engine.name() == "copy" {
+        let needed_bytes = engine.needs_bytes();
+        if needed_bytes > 0 {
             let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
             let kib = text
                 .lines()
                 .find_map(|l| l.strip_prefix("MemAvailable:"))
                 .and_then(|s| s.split_whitespace().next());
             let available_bytes = kib.and_then(|s| s.parse::<u64>().ok()).map_or(u64::MAX, |n| n * 1024);
-            if self.memory_bytes > available_bytes {
-                return Err(DumpError::Memory { needed_bytes: self.memory_bytes, available_bytes });
+            if needed_bytes > available_bytes {
+                return Err(DumpError::Memory { needed_bytes, available_bytes });
             }
         }
         Ok(())

@@ -12,7 +12,7 @@ pub mod write;
 
 use crate::error::DumpError;
 use crate::model::JobInfo;
-use crate::snapshot::Engine;
+use crate::snapshot::{Account, Engine, Source};
 use ckpt_image::{Compression, Summary};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -46,8 +46,10 @@ pub struct DumpReport {
     pub processes: usize,
     /// Number of threads.
     pub threads: usize,
-    /// Bytes of memory looked at.
+    /// About how many bytes of memory the job used.
     pub memory_bytes: u64,
+    /// What the snapshot took.
+    pub account: Account,
     /// What the person who dumps should know.
     pub warnings: Vec<String>,
     /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
@@ -78,7 +80,8 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let DumpRequest { info, dir, compression, engine, stop, free_bytes, progress } = request;
     let found = discover::discover(&info)?;
-    found.check_room(engine, compression, free_bytes, dir)?;
+    let engine = engine.prepare(&found.job)?;
+    found.check_room(engine.as_ref(), compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
     let writer = write::start(dir, compression)?;
     barrier::prepare(&found.job);
@@ -87,11 +90,13 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
     let collected = collect::collect(&mut frozen, &mut warnings)?;
-    let mut snapshot = snapshot::take(engine, &collected.sources)?;
+    let mut snapshot = snapshot::take(engine, &mut frozen, &collected)?;
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
     let pause = started.elapsed();
-    let memory_bytes = collected.sources.iter().map(crate::snapshot::Source::bytes).sum();
-    let summary = write::write(writer, collected, snapshot.as_mut(), &mut |n| progress(n, memory_bytes))?;
-    Ok(DumpReport { summary, pause, processes, threads, memory_bytes, warnings, frozen })
+    let shared_bytes: u64 = collected.sources.iter().filter(|s| s.is_file()).map(Source::bytes).sum();
+    let memory_bytes = found.memory_bytes + shared_bytes;
+    let (summary, account) =
+        write::write(writer, collected, snapshot.as_mut(), &mut |n| progress(n, memory_bytes))?;
+    Ok(DumpReport { summary, pause, processes, threads, memory_bytes, account, warnings, frozen })
 }

@@ -2,8 +2,8 @@
 //! Write: records and page contents, after the job has been resumed.
 
 use crate::error::DumpError;
-use crate::resource::{Collected, Content, in_order};
-use crate::snapshot::Snapshot;
+use crate::resource::{Collected, Content, Stored, in_order};
+use crate::snapshot::{Account, Snapshot};
 use ckpt_image::{Compression, Summary, Writer};
 use std::path::Path;
 
@@ -24,12 +24,13 @@ pub fn write(
     collected: Collected,
     snapshot: &mut dyn Snapshot,
     progress: &mut dyn FnMut(u64),
-) -> Result<Summary, DumpError> {
+) -> Result<(Summary, Account), DumpError> {
     for r in &collected.records {
         ckpt_sys::hook::point();
         writer.record(r.kind as u16, r.version, r.owner, r.id, &r.body)?;
     }
     let mut done = 0;
+    let mut stored = Stored::default();
     let mut advance = |n: u64| {
         done += n;
         progress(done);
@@ -39,11 +40,14 @@ pub fn write(
             snapshot: &mut *snapshot,
             sources: &collected.sources,
             deferred: &collected.deferred,
+            stored: &mut stored,
             writer: &mut writer,
             progress: &mut advance,
         };
         r.content(&mut cx)?;
     }
+    // What it holds is given back before the image is brought to the disk.
+    let account = snapshot.finish()?;
     ckpt_sys::hook::point();
-    Ok(writer.finish()?)
+    Ok((writer.finish()?, account))
 }

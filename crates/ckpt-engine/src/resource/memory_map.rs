@@ -9,15 +9,14 @@ use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::FileStat;
-use crate::model::memory::{Vma, pagemap};
+use crate::model::memory::Vma;
 use crate::model::process::Process;
 use crate::restore::build_tree::{Build, open_call};
 use crate::restore::plan::VDSO_ROOM;
-use crate::snapshot::{From, Range, Source};
+use crate::snapshot::{From, Pages, Range, Source};
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::area::AREA_BYTES;
-use ckpt_sys::memory::PAGE;
 use ckpt_sys::{Errno, Pid, libc};
 
 /// Version of [`MemoryMapRecord`].
@@ -230,33 +229,19 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     }
 }
 
-impl MemoryMapResource {
-    fn ranges(p: &Process, v: &Vma, map: &std::fs::File) -> Result<Vec<Range>, DumpError> {
-        let mut out: Vec<Range> = Vec::new();
-        // Reading pagemap costs 8 bytes a page: a large reservation without any memory is not looked at.
-        if v.anonymous_bytes == 0 && v.swap_bytes == 0 {
-            return Ok(out);
-        }
-        const CHUNK: u64 = 512 << 20;
-        let mut at = v.start;
-        while at < v.end {
-            let end = v.end.min(at + CHUNK);
-            let pages = pagemap(map, at, end).map_err(DumpError::process(p.pid, "reading pagemap"))?;
-            for (i, _) in pages.iter().enumerate().filter(|(_, e)| e.exists() && !e.is_file()) {
-                let addr = at + i as u64 * PAGE;
-                match out.last_mut() {
-                    Some(r) if r.addr + r.bytes == addr => r.bytes += PAGE,
-                    _ => out.push(Range { addr, bytes: PAGE, offset: addr }),
-                }
-            }
-            at = end;
-        }
-        Ok(out)
-    }
+/// The pages of a private mapping, at the offsets of their addresses.
+fn range(v: &Vma, pages: Pages) -> Range {
+    let lost_in_fork = match v {
+        v if v.has("dc") => Some("MADV_DONTFORK"),
+        v if v.has("wf") => Some("MADV_WIPEONFORK"),
+        _ => None,
+    };
+    Range { addr: v.start, bytes: v.bytes(), offset: v.start, pages, lost_in_fork }
+}
 
+impl MemoryMapResource {
     fn record(cx: &mut Collect<'_>, p: &Process) -> Result<(), DumpError> {
         let err = |what: &str| DumpError::process(p.pid, what.to_owned());
-        let map = std::fs::File::open(format!("/proc/{}/pagemap", p.host)).map_err(err("opening pagemap"))?;
         let own_library = |name: &str| name.ends_with("/libckpt_interceptor.so");
         let (mut files, mut vmas) = (Vec::<MappedFile>::new(), Vec::new());
         let (mut plain, mut over_file) = (Vec::new(), Vec::new());
@@ -268,26 +253,20 @@ impl MemoryMapResource {
             if v.has("nr") {
                 flags |= libc::MAP_NORESERVE;
             }
-            let mut has_pages = false;
             let backing = if v.is_vdso_part() {
                 Backing::Kernel { name: v.name.clone() }
             } else if let Some(object) = super::shared_object::of_mapping(cx.out, v) {
                 if !v.shared {
-                    let ranges = Self::ranges(p, v, &map)?;
-                    has_pages = !ranges.is_empty();
-                    over_file.extend(ranges);
+                    over_file.push(range(v, Pages::Private));
                 }
                 Backing::Object { object, offset: v.offset }
             } else if v.is_file() && own_library(&v.name) {
                 // Stored whole, as anonymous memory: upgrading ckpt must not break old checkpoints.
-                plain.push(Range { addr: v.start, bytes: v.bytes(), offset: v.start });
-                has_pages = true;
+                plain.push(range(v, Pages::All));
                 Backing::Anonymous
             } else if v.is_file() {
                 if !v.shared {
-                    let ranges = Self::ranges(p, v, &map)?;
-                    has_pages = !ranges.is_empty();
-                    over_file.extend(ranges);
+                    over_file.push(range(v, Pages::Private));
                 }
                 let path = v.name.as_bytes().to_vec();
                 let file = match files.iter().position(|f| f.path == path) {
@@ -302,9 +281,7 @@ impl MemoryMapResource {
                 };
                 Backing::File { file: file as u32, offset: v.offset }
             } else {
-                let ranges = Self::ranges(p, v, &map)?;
-                has_pages = !ranges.is_empty();
-                plain.extend(ranges);
+                plain.push(range(v, Pages::Private));
                 Backing::Anonymous
             };
             let advice = ADVICE.iter().filter(|(n, _)| v.has(n)).map(|(_, a)| *a).collect();
@@ -315,7 +292,7 @@ impl MemoryMapResource {
                 prot: v.prot,
                 flags,
                 may_write: v.has("mw"),
-                has_pages,
+                has_pages: false,
                 locked: v.has("lo").then(|| if v.has("lf") { libc::MLOCK_ONFAULT } else { 0 }),
                 advice,
                 backing,
@@ -362,7 +339,15 @@ impl MemoryMapResource {
         use std::os::unix::ffi::OsStrExt;
         let exe = exe.as_os_str().as_bytes().to_vec();
         let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash, write_code };
-        cx.put(Kind::MemoryMap, VERSION, p.pid as u64, 0, &record)
+        // Which mappings have pages is known when those have been written.
+        cx.defer_with(Kind::MemoryMap, VERSION, p.pid as u64, 0, move |stored| {
+            let mut record = record.clone();
+            for v in &mut record.vmas {
+                v.has_pages = stored.in_range(object, v.start);
+            }
+            record
+        });
+        Ok(())
     }
 
     fn lay_out(cx: &mut Build<'_>, pid: i32, m: &MemoryMapRecord) -> Result<(), RestoreError> {
@@ -494,7 +479,8 @@ impl Resource for MemoryMapResource {
     }
 
     fn content(&self, cx: &mut Content<'_>) -> Result<(), DumpError> {
-        cx.write_pages(Kind::MemoryMap)
+        cx.write_pages(Kind::MemoryMap)?;
+        cx.write_deferred(Kind::MemoryMap)
     }
 
     fn describe(&self, record: &Record) -> Result<String, RestoreError> {

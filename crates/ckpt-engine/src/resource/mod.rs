@@ -30,9 +30,9 @@ use crate::model::Job;
 use crate::model::file::OpenFile;
 use crate::model::process::{Process, Task};
 use crate::restore::build_tree::Build;
-use crate::snapshot::{Snapshot, Source};
+use crate::snapshot::{From, Piece, Snapshot, Source};
 use ckpt_image::codec::{self, Decode, Encode};
-use ckpt_image::{Record, Writer};
+use ckpt_image::{Record, Writer, ZeroPages};
 use ckpt_sys::inject::Live;
 
 /// What a step is about.
@@ -75,13 +75,35 @@ pub struct Collected {
     next_object: u64,
 }
 
+type Encoding = Box<dyn Fn(&Stored) -> Result<Vec<u8>, codec::CodecError>>;
+
 /// A record that is encoded after the job has been resumed.
 pub struct Deferred {
     kind: Kind,
     version: u16,
     owner: u64,
     id: u64,
-    encode: Box<dyn Fn() -> Result<Vec<u8>, codec::CodecError>>,
+    encode: Encoding,
+}
+
+/// Where pages were stored: known only when *content* has written them.
+#[derive(Debug, Default)]
+pub struct Stored(std::collections::BTreeSet<(u64, u64)>);
+
+impl Stored {
+    /// Whether the image holds a page of this object from the source's range that begins at `offset`.
+    pub fn in_range(&self, object: u64, offset: u64) -> bool {
+        self.0.contains(&(object, offset))
+    }
+
+    fn add(&mut self, source: &Source, offset: u64) {
+        if let From::Process { ranges, .. } = &source.from {
+            let after = ranges.partition_point(|r| r.offset <= offset);
+            if let Some(r) = after.checked_sub(1).and_then(|i| ranges.get(i)) {
+                self.0.insert((source.object, r.offset));
+            }
+        }
+    }
 }
 
 impl std::fmt::Debug for Deferred {
@@ -133,7 +155,20 @@ impl Collect<'_> {
 
     /// Adds a record whose encoding may take long; [`Content::write_deferred`] writes it.
     pub fn defer<T: Encode + 'static>(&mut self, kind: Kind, version: u16, owner: u64, id: u64, body: T) {
-        let encode = Box::new(move || codec::encode(&body));
+        let encode = Box::new(move |_: &Stored| codec::encode(&body));
+        self.out.deferred.push(Deferred { kind, version, owner, id, encode });
+    }
+
+    /// As [`Collect::defer`], for a body that tells where pages were stored.
+    pub fn defer_with<T: Encode>(
+        &mut self,
+        kind: Kind,
+        version: u16,
+        owner: u64,
+        id: u64,
+        body: impl Fn(&Stored) -> T + 'static,
+    ) {
+        let encode = Box::new(move |stored: &Stored| codec::encode(&body(stored)));
         self.out.deferred.push(Deferred { kind, version, owner, id, encode });
     }
 
@@ -154,6 +189,8 @@ pub struct Content<'a> {
     pub sources: &'a [Source],
     /// Records that were left for now.
     pub deferred: &'a [Deferred],
+    /// Where pages have been stored so far.
+    pub stored: &'a mut Stored,
     /// The image.
     pub writer: &'a mut Writer,
     /// Bytes done so far, and what to do when they grow.
@@ -167,7 +204,7 @@ impl Content<'_> {
     /// If a body is larger than a record may be, or from the writer.
     pub fn write_deferred(&mut self, kind: Kind) -> Result<(), DumpError> {
         for d in self.deferred.iter().filter(|d| d.kind == kind) {
-            self.writer.record(kind as u16, d.version, d.owner, d.id, &(d.encode)()?)?;
+            self.writer.record(kind as u16, d.version, d.owner, d.id, &(d.encode)(self.stored)?)?;
         }
         Ok(())
     }
@@ -179,17 +216,34 @@ impl Content<'_> {
     pub fn write_pages(&mut self, kind: Kind) -> Result<(), DumpError> {
         for (index, source) in self.sources.iter().enumerate().filter(|(_, s)| s.kind == kind) {
             let (object, zeros) = (source.object, source.zeros);
-            let (writer, progress) = (&mut *self.writer, &mut *self.progress);
-            self.snapshot.stream(index, &mut |offset, data| {
+            let (writer, stored, progress) = (&mut *self.writer, &mut *self.stored, &mut *self.progress);
+            self.snapshot.stream(index, source, &mut |piece| {
                 ckpt_sys::hook::point();
-                writer.pages(object, offset, data, zeros)?;
-                progress(data.len() as u64);
+                let (offset, bytes) = match piece {
+                    Piece::Data(offset, data) => {
+                        writer.pages(object, offset, data, zeros)?;
+                        (offset, data.len() as u64)
+                    }
+                    Piece::Zero(offset, bytes) => {
+                        let mut at = 0;
+                        while zeros == ZeroPages::Record && at < bytes {
+                            let n = (bytes - at).min(ZEROS.len() as u64);
+                            writer.pages(object, offset + at, &ZEROS[..n as usize], zeros)?;
+                            at += n;
+                        }
+                        (offset, bytes)
+                    }
+                };
+                stored.add(source, offset);
+                progress(bytes);
                 Ok(())
             })?;
         }
         Ok(())
     }
 }
+
+static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
 /// One kind of kernel resource.
 pub trait Resource: Sync {

@@ -12,7 +12,7 @@ use crate::model::Job;
 use crate::model::file::OpenFile;
 use crate::model::memory::Vma;
 use crate::restore::build_tree::{Build, open_call};
-use crate::snapshot::{From, Range, Source};
+use crate::snapshot::{From, Pages, Range, Source};
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::{Pid, libc};
@@ -141,7 +141,13 @@ fn cover(mappings: &[(Pid, i32, &Vma)]) -> Vec<(Pid, i32, Vec<Range>)> {
                 continue;
             }
             let next = covered.iter().map(|(s, _)| *s).filter(|s| *s > at).min().unwrap_or(end).min(end);
-            ranges.push(Range { addr: v.start + (at - v.offset), bytes: next - at, offset: at });
+            ranges.push(Range {
+                addr: v.start + (at - v.offset),
+                bytes: next - at,
+                offset: at,
+                pages: Pages::All,
+                lost_in_fork: Some("shared memory"),
+            });
             at = next;
         }
         covered.extend(ranges.iter().map(|r| (r.offset, r.offset + r.bytes)));

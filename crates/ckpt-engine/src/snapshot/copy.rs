@@ -1,58 +1,92 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The `copy` engine: everything is copied into ckpt's own memory while the job is frozen.
 
-use super::{Engine, Sink, Snapshot, Source, read_source};
+use super::{Account, Engine, Piece, Prepared, Sink, Snapshot, Source, private_bytes, read_source};
+use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
+use crate::model::Job;
+use crate::resource::Collected;
 use ckpt_image::ZeroPages;
 
 const PIECE_BYTES: usize = 1 << 20;
+/// Its name.
+pub const NAME: &str = "copy";
 
 /// The engine.
 #[derive(Debug, Clone, Copy)]
 pub struct Copy;
 
 #[derive(Debug)]
+struct Ready {
+    needs_bytes: u64,
+}
+
+/// Pages by offset in their object.
+pub type Pieces = Vec<(u64, Vec<u8>)>;
+
+#[derive(Debug)]
 struct Copied {
-    sources: Vec<Vec<(u64, Vec<u8>)>>,
+    sources: Vec<Pieces>,
+    held_bytes: u64,
 }
 
 impl Engine for Copy {
     fn name(&self) -> &'static str {
-        "copy"
+        NAME
     }
 
-    fn needs_bytes(&self, sources: &[Source]) -> u64 {
-        sources.iter().map(Source::bytes).sum()
+    fn prepare(&self, job: &Job) -> Result<Box<dyn Prepared>, DumpError> {
+        Ok(Box::new(Ready { needs_bytes: private_bytes(job) }))
+    }
+}
+
+/// Keeps one piece of a source. Memory nobody has written to need not be held, where it isn't stored either.
+pub fn keep(pieces: &mut Pieces, source: &Source, piece: Piece<'_>) {
+    ckpt_sys::hook::point();
+    let record = source.zeros == ZeroPages::Record;
+    match piece {
+        Piece::Data(offset, data) if record || data.iter().any(|b| *b != 0) => {
+            pieces.push((offset, data.to_vec()));
+        }
+        Piece::Zero(offset, bytes) if record => pieces.push((offset, vec![0; bytes as usize])),
+        Piece::Data(..) | Piece::Zero(..) => {}
+    }
+}
+
+impl Prepared for Ready {
+    fn needs_bytes(&self) -> u64 {
+        self.needs_bytes
     }
 
-    fn snapshot(&self, sources: &[Source]) -> Result<Box<dyn Snapshot>, DumpError> {
-        let mut all = Vec::with_capacity(sources.len());
-        for s in sources {
-            let mut pieces = Vec::new();
-            read_source(s, PIECE_BYTES, &mut |offset, data| {
-                ckpt_sys::hook::point();
-                // Memory nobody has written to need not be held, where it isn't stored either.
-                if s.zeros == ZeroPages::Record || data.iter().any(|b| *b != 0) {
-                    pieces.push((offset, data.to_vec()));
-                }
+    fn snapshot(
+        self: Box<Self>,
+        _: &mut FrozenJob,
+        collected: &Collected,
+    ) -> Result<Box<dyn Snapshot>, DumpError> {
+        let mut sources = Vec::with_capacity(collected.sources.len());
+        for s in &collected.sources {
+            let mut pieces = Pieces::new();
+            read_source(s, PIECE_BYTES, &mut |piece| {
+                keep(&mut pieces, s, piece);
                 Ok(())
             })?;
-            all.push(pieces);
+            sources.push(pieces);
         }
-        Ok(Box::new(Copied { sources: all }))
+        let held_bytes = sources.iter().flatten().map(|(_, d)| d.len() as u64).sum();
+        Ok(Box::new(Copied { sources, held_bytes }))
     }
 }
 
 impl Snapshot for Copied {
-    fn stream(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+    fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         // Memory is given back as it is written.
         for (offset, data) in std::mem::take(&mut self.sources[index]) {
-            sink(offset, &data)?;
+            sink(Piece::Data(offset, &data))?;
         }
         Ok(())
     }
 
-    fn held_bytes(&self) -> u64 {
-        self.sources.iter().flatten().map(|(_, d)| d.len() as u64).sum()
+    fn finish(&mut self) -> Result<Account, DumpError> {
+        Ok(Account { engine: NAME, held_bytes: self.held_bytes, ..Account::default() })
     }
 }

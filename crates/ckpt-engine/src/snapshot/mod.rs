@@ -1,14 +1,20 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Snapshot engines: how the frozen job's memory is kept until it has been written.
 //!
-//! An engine is given all sources at once while the job is frozen, and returns a handle that outlives the freeze.
+//! An engine *prepares* while the job runs, takes the snapshot of all sources at once while it is frozen, and returns a
+//! handle that outlives the freeze. Sources name whole mappings; which pages exist in them is the engine's to find out,
+//! for a frozen copy after the job has been resumed.
 
 pub mod copy;
+pub mod pages;
 #[cfg(feature = "test-hooks")]
 pub mod spill;
 
+use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
 use crate::kind::Kind;
+use crate::model::Job;
+use crate::resource::Collected;
 use ckpt_image::ZeroPages;
 use ckpt_sys::Pid;
 use std::os::fd::OwnedFd;
@@ -35,7 +41,7 @@ pub enum From {
         host: Pid,
         /// Its pid as the job sees it, for messages.
         pid: i32,
-        /// The page-aligned ranges.
+        /// The page-aligned ranges, sorted by offset.
         ranges: Vec<Range>,
     },
     /// In a file: all data in it.
@@ -47,7 +53,7 @@ pub enum From {
     },
 }
 
-/// Pages of a process.
+/// Pages of a process, within one mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     /// Address.
@@ -56,9 +62,27 @@ pub struct Range {
     pub bytes: u64,
     /// Offset in the object.
     pub offset: u64,
+    /// Which of its pages are to be saved.
+    pub pages: Pages,
+    /// Why a fork of the process would not keep them as they are, if so.
+    pub lost_in_fork: Option<&'static str>,
+}
+
+/// Which pages of a range are to be saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// Those that exist only in this process: anonymous ones, and private copies of a file's.
+    Private,
+    /// All.
+    All,
 }
 
 impl Source {
+    /// Whether its pages are read through a descriptor.
+    pub fn is_file(&self) -> bool {
+        matches!(self.from, From::File { .. })
+    }
+
     /// An upper bound for the bytes to be kept.
     pub fn bytes(&self) -> u64 {
         match &self.from {
@@ -68,31 +92,75 @@ impl Source {
     }
 }
 
-/// Gets (offset in the object, data: whole pages).
-pub type Sink<'a> = dyn FnMut(u64, &[u8]) -> Result<(), DumpError> + 'a;
+/// Whole pages of a source. A piece lies within one range of its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece<'a> {
+    /// Offset in the object, data.
+    Data(u64, &'a [u8]),
+    /// Offset in the object, length in bytes: zero pages.
+    Zero(u64, u64),
+}
+
+/// Gets the pieces of a source, in order.
+pub type Sink<'a> = dyn FnMut(Piece<'_>) -> Result<(), DumpError> + 'a;
 
 /// A snapshot engine.
 pub trait Engine {
     /// Its name, as users give it.
     fn name(&self) -> &'static str;
-    /// Bytes of memory it needs until the snapshot is dropped.
-    fn needs_bytes(&self, sources: &[Source]) -> u64;
-    /// Takes the snapshot. The job is frozen.
+    /// Looks at the running job and decides what it will do with it.
+    ///
+    /// # Errors
+    /// Any error ends the dump before anything is stopped.
+    fn prepare(&self, job: &Job) -> Result<Box<dyn Prepared>, DumpError>;
+}
+
+/// An engine that has looked at the running job.
+pub trait Prepared {
+    /// Bytes of ckpt's own memory that it will need until the snapshot is dropped.
+    fn needs_bytes(&self) -> u64;
+    /// Takes the snapshot of all sources at once. All tasks are stopped; injected calls may be made in them.
     ///
     /// # Errors
     /// Any error ends the dump; the job runs on.
-    fn snapshot(&self, sources: &[Source]) -> Result<Box<dyn Snapshot>, DumpError>;
+    fn snapshot(
+        self: Box<Self>,
+        frozen: &mut FrozenJob,
+        collected: &Collected,
+    ) -> Result<Box<dyn Snapshot>, DumpError>;
 }
 
-/// A snapshot that outlives the freeze.
+/// A snapshot that outlives the freeze. Dropping it frees what it holds.
 pub trait Snapshot {
-    /// Gives all pages of the `index`-th source, in order.
+    /// Gives the pages of the `index`-th source, which is `source`. Called once for each.
     ///
     /// # Errors
     /// Those of the sink, and of reading back.
-    fn stream(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), DumpError>;
-    /// Bytes of memory held for it.
-    fn held_bytes(&self) -> u64;
+    fn stream(&mut self, index: usize, source: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError>;
+    /// Called after the last source: what it took. The snapshot is not needed any more.
+    ///
+    /// # Errors
+    /// If something of it was lost before it could be read.
+    fn finish(&mut self) -> Result<Account, DumpError>;
+}
+
+/// What a snapshot took.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Account {
+    /// The engine that kept most of the memory.
+    pub engine: &'static str,
+    /// Why a better one was not used, for the job or a part of it.
+    pub reasons: Vec<String>,
+    /// Bytes that were copied while the job was frozen.
+    pub held_bytes: u64,
+    /// Bytes of memory that the job and the frozen copy held twice or the copy alone at the end, because the job wrote to
+    /// or freed them in the meantime.
+    pub duplicated_bytes: u64,
+}
+
+/// An upper bound for the private memory of a job that runs, in bytes.
+pub fn private_bytes(job: &Job) -> u64 {
+    job.live().flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum()
 }
 
 /// Reads a source while the job is frozen, in pieces of at most `piece` bytes.
@@ -102,24 +170,8 @@ pub trait Snapshot {
 pub fn read_source(source: &Source, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
     match &source.from {
         From::Process { host, pid, ranges } => {
-            let forced = ckpt_sys::memory::Forced::open(*host)
-                .map_err(DumpError::process(*pid, "opening its memory"))?;
-            let mut buf = vec![0u8; piece];
-            for r in ranges {
-                let mut done = 0;
-                while done < r.bytes {
-                    let n = (r.bytes - done).min(piece as u64) as usize;
-                    let addr = r.addr + done;
-                    // Pages the process itself may not read are reached through /proc/pid/mem.
-                    if ckpt_sys::memory::read(*host, addr, &mut buf[..n]).is_err() {
-                        let what = format!("reading {n} bytes of memory at {addr:#x}");
-                        forced.read(addr, &mut buf[..n]).map_err(DumpError::process(*pid, what))?;
-                    }
-                    sink(r.offset + done, &buf[..n])?;
-                    done += n as u64;
-                }
-            }
-            Ok(())
+            let mut reader = pages::Reader::open(*host, *pid)?;
+            ranges.iter().try_for_each(|r| reader.read_range(r, piece, sink))
         }
         From::File { fd, bytes } => read_file(fd, *bytes, piece, sink),
     }
@@ -151,7 +203,7 @@ fn read_file(fd: &OwnedFd, bytes: u64, piece: usize, sink: &mut Sink<'_>) -> Res
                     k => got += k,
                 }
             }
-            sink(at, &buf[..padded])?;
+            sink(Piece::Data(at, &buf[..padded]))?;
             at += padded as u64;
         }
     }

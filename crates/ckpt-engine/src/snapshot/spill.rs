@@ -2,8 +2,11 @@
 //! The `spill` engine, for tests only: the copy goes to an unlinked temporary file, in pieces of one page. It shares
 //! nothing with `copy` but the seam, and keeps that honest.
 
-use super::{Engine, Sink, Snapshot, Source, read_source};
+use super::{Account, Engine, Piece, Prepared, Sink, Snapshot, Source, read_source};
+use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
+use crate::model::Job;
+use crate::resource::Collected;
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -30,19 +33,37 @@ impl Engine for Spill {
         "spill"
     }
 
-    fn needs_bytes(&self, _: &[Source]) -> u64 {
+    fn prepare(&self, _: &Job) -> Result<Box<dyn Prepared>, DumpError> {
+        Ok(Box::new(Spill))
+    }
+}
+
+impl Prepared for Spill {
+    fn needs_bytes(&self) -> u64 {
         0
     }
 
-    fn snapshot(&self, sources: &[Source]) -> Result<Box<dyn Snapshot>, DumpError> {
+    fn snapshot(
+        self: Box<Self>,
+        _: &mut FrozenJob,
+        collected: &Collected,
+    ) -> Result<Box<dyn Snapshot>, DumpError> {
         let path = std::env::temp_dir().join(format!("ckpt-spill-{}", std::process::id()));
         let file = File::options().read(true).write(true).create_new(true).open(&path).map_err(err)?;
         std::fs::remove_file(&path).map_err(err)?;
         let mut out = std::io::BufWriter::new(&file);
         let (mut at, mut pieces) = (0u64, Vec::new());
-        for s in sources {
+        for s in &collected.sources {
             let mut list = Vec::new();
-            read_source(s, PIECE_BYTES, &mut |offset, data| {
+            read_source(s, PIECE_BYTES, &mut |piece| {
+                let zeros;
+                let (offset, data) = match piece {
+                    Piece::Data(offset, data) => (offset, data),
+                    Piece::Zero(offset, bytes) => {
+                        zeros = vec![0; bytes as usize];
+                        (offset, zeros.as_slice())
+                    }
+                };
                 out.write_all(data).map_err(err)?;
                 list.push((offset, at, data.len()));
                 at += data.len() as u64;
@@ -57,16 +78,16 @@ impl Engine for Spill {
 }
 
 impl Snapshot for Spilled {
-    fn stream(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+    fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         let mut buf = vec![0u8; PIECE_BYTES];
         for &(offset, at, len) in &self.pieces[index] {
             self.file.read_exact_at(&mut buf[..len], at).map_err(err)?;
-            sink(offset, &buf[..len])?;
+            sink(Piece::Data(offset, &buf[..len]))?;
         }
         Ok(())
     }
 
-    fn held_bytes(&self) -> u64 {
-        0
+    fn finish(&mut self) -> Result<Account, DumpError> {
+        Ok(Account { engine: "spill", ..Account::default() })
     }
 }

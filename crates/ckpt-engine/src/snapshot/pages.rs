@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The pages that exist in a process that stands still: which ones (PAGEMAP_SCAN, or /proc/pid/pagemap before Linux
+//! 6.7), and their content.
+
+use super::{Pages, Piece, Range, Sink};
+use crate::error::DumpError;
+use crate::model::memory::{self, pagemap};
+use ckpt_sys::memory::{Forced, PAGE};
+use ckpt_sys::pagemap::{FILE, PRESENT, Region, SWAPPED, ZERO, scan};
+use ckpt_sys::{Errno, Pid};
+use std::collections::BTreeSet;
+use std::fs::File;
+
+/// Address space that is looked at in one go where each page must be: 1 MiB of pagemap.
+const LOOK_BYTES: u64 = 512 << 20;
+/// Stretches that a scan gives in one go.
+const REGIONS: usize = 4096;
+
+/// Reads the memory of one process.
+#[derive(Debug)]
+pub struct Reader {
+    host: Pid,
+    pid: i32,
+    memory: Forced,
+    pagemap: File,
+    /// Where there is no PAGEMAP_SCAN: starts of the mappings that have private pages.
+    inhabited: Option<BTreeSet<u64>>,
+    buf: Vec<u8>,
+}
+
+impl Reader {
+    /// For the process `host`, called `pid` in messages.
+    ///
+    /// # Errors
+    /// As opening its files in /proc.
+    pub fn open(host: Pid, pid: i32) -> Result<Reader, DumpError> {
+        let memory = Forced::open(host).map_err(DumpError::process(pid, "opening its memory"))?;
+        let pagemap = File::open(format!("/proc/{host}/pagemap"))
+            .map_err(DumpError::process(pid, "opening pagemap"))?;
+        let inhabited = match scan(&pagemap, 0, 0, PRESENT, 0, &mut [Region::default()]) {
+            Err(Errno::ENOTTY) => {
+                let vmas = memory::read_smaps(host.as_raw());
+                let vmas = vmas.map_err(DumpError::process(pid, "reading smaps"))?;
+                let private = vmas.iter().filter(|v| v.anonymous_bytes + v.swap_bytes > 0);
+                Some(private.map(|v| v.start).collect())
+            }
+            _ => None,
+        };
+        Ok(Reader { host, pid, memory, pagemap, inhabited, buf: Vec::new() })
+    }
+
+    /// Stretches with private pages from `start` on, as (address, bytes), and where the look ended, at `end` at most.
+    fn private(&self, start: u64, end: u64) -> Result<(Vec<(u64, u64)>, u64), DumpError> {
+        let mut out: Vec<(u64, u64)> = Vec::new();
+        if self.inhabited.is_some() {
+            let end = end.min(start + LOOK_BYTES);
+            let pages = pagemap(&self.pagemap, start, end)
+                .map_err(DumpError::process(self.pid, "reading pagemap"))?;
+            for (i, _) in pages.iter().enumerate().filter(|(_, e)| e.exists() && !e.is_file()) {
+                join(&mut out, start + i as u64 * PAGE, PAGE);
+            }
+            return Ok((out, end));
+        }
+        let mut regions = [Region::default(); REGIONS];
+        let (n, seen) = scan(&self.pagemap, start, end, PRESENT | SWAPPED, FILE | ZERO, &mut regions)
+            .map_err(DumpError::errno(self.pid, "PAGEMAP_SCAN"))?;
+        regions[..n].iter().for_each(|r| join(&mut out, r.start, r.end - r.start));
+        Ok((out, seen))
+    }
+
+    /// Gives the pages of a range that are to be saved, in pieces of at most `piece` bytes.
+    ///
+    /// # Errors
+    /// If a page can't be read, and those of the sink.
+    pub fn read_range(&mut self, r: &Range, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+        let end = r.addr + r.bytes;
+        if r.pages == Pages::Private && self.inhabited.as_ref().is_some_and(|i| !i.contains(&r.addr)) {
+            return Ok(());
+        }
+        let mut at = r.addr;
+        while at < end {
+            let (stretches, seen) = match r.pages {
+                Pages::All => (vec![(r.addr, r.bytes)], end),
+                Pages::Private => self.private(at, end)?,
+            };
+            for (addr, bytes) in stretches {
+                let mut done = 0;
+                while done < bytes {
+                    let n = (bytes - done).min(piece as u64) as usize;
+                    self.read(addr + done, n)?;
+                    sink(Piece::Data(r.offset + (addr + done - r.addr), &self.buf[..n]))?;
+                    done += n as u64;
+                }
+            }
+            at = seen;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, addr: u64, bytes: usize) -> Result<(), DumpError> {
+        if self.buf.len() < bytes {
+            self.buf.resize(bytes, 0);
+        }
+        let buf = &mut self.buf[..bytes];
+        // Pages the process itself may not read are reached through /proc/pid/mem.
+        if ckpt_sys::memory::read(self.host, addr, buf).is_err() {
+            let what = format!("reading {bytes} bytes of memory at {addr:#x}");
+            self.memory.read(addr, buf).map_err(DumpError::process(self.pid, what))?;
+        }
+        Ok(())
+    }
+}
+
+/// Adds a stretch behind the others.
+fn join(out: &mut Vec<(u64, u64)>, addr: u64, bytes: u64) {
+    match out.last_mut() {
+        Some((at, all)) if *at + *all == addr => *all += bytes,
+        _ => out.push((addr, bytes)),
+    }
+}
