@@ -43,6 +43,11 @@ pub fn code_of(error: &ReadError) -> Option<ExitCode> {
             Some(ExitCode::NOT_FOUND)
         }
         ReadError::Io { .. } => None,
+        // The checkpoint is there, but what it is built on cannot be opened.
+        ReadError::Parent { source, .. } => match **source {
+            ReadError::Io { .. } => None,
+            _ => Some(ExitCode::CORRUPT),
+        },
         _ => Some(ExitCode::CORRUPT),
     }
 }

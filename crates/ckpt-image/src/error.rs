@@ -60,6 +60,44 @@ pub enum ReadError {
         /// What is wrong there.
         what: String,
     },
+    /// An incremental checkpoint whose parent is not there.
+    #[error(
+        "{path}: an incremental checkpoint, and the one it is built on, {parent}, is not there; put it back, or restore a checkpoint that does not need it (`ckpt list` shows what each one needs)"
+    )]
+    ParentMissing {
+        /// The incremental checkpoint.
+        path: String,
+        /// Where its parent should be.
+        parent: String,
+    },
+    /// An incremental checkpoint beside which another checkpoint has the number of its parent.
+    #[error(
+        "{path}: an incremental checkpoint, built on another one than what is now {parent}; put the right one back, or restore a checkpoint that does not need it"
+    )]
+    ParentMismatched {
+        /// The incremental checkpoint.
+        path: String,
+        /// What is found in its parent's place.
+        parent: String,
+    },
+    /// A chain of more images than one may have.
+    #[error(
+        "{path}: a chain of more than {limit} incremental checkpoints, which ckpt does not write; restore another checkpoint"
+    )]
+    ChainTooLong {
+        /// The newest checkpoint of the chain.
+        path: String,
+        /// The most images a chain may have.
+        limit: usize,
+    },
+    /// A checkpoint on which an incremental one is built cannot be read.
+    #[error("{source} (the incremental checkpoint {path} needs it)")]
+    Parent {
+        /// The incremental checkpoint that was asked for.
+        path: String,
+        /// What is wrong with the one below it.
+        source: Box<ReadError>,
+    },
     /// `records` and `pages` come from different checkpoints.
     #[error(
         "{path}: belongs to another checkpoint than the `records` file beside it; put the right one back"
@@ -116,23 +154,33 @@ pub enum WriteError {
         /// Byte offset inside it.
         offset: u64,
         /// Length in bytes.
-        bytes: usize,
+        bytes: u64,
     },
-    /// The same page of an object was given twice.
-    #[error("pages of object {object:#x} at {offset:#x}, {bytes} bytes: some of them were written before")]
+    /// The same page of an object was given twice, or one of the parent used twice.
+    #[error(
+        "pages of object {object:#x} at {offset:#x}, {bytes} bytes: some of them were written, or used, before"
+    )]
     Overlap {
         /// The object.
         object: u64,
         /// Byte offset inside it.
         offset: u64,
         /// Length in bytes.
-        bytes: usize,
+        bytes: u64,
     },
     /// The `records` file would become larger than readers accept.
     #[error("the image would need more than {limit} bytes of records: dump fewer processes at a time")]
     TooManyRecords {
         /// The largest `records` file, in bytes.
         limit: u64,
+    },
+    /// The image is incremental and its parent cannot be one, or it is full and cannot have unchanged pages.
+    #[error("{path}: cannot be written as an incremental checkpoint: {what}")]
+    Parent {
+        /// The directory of the image.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
     },
     /// An earlier write failed, so the image cannot be completed.
     #[error("the image is incomplete: an earlier write to it failed")]

@@ -28,10 +28,16 @@ pub const MAX_RUNS_PER_FRAME: usize = 8192;
 pub const FIRST_RESERVED_KIND: u16 = 0xff00;
 /// Kind of the frames that list page runs.
 pub const KIND_RUNS: u16 = 0xff00;
+/// Kind of the frame that names the parent of an incremental image; its first frame.
+pub const KIND_PARENT: u16 = 0xff01;
 /// Kind of the last frame.
 pub const KIND_END: u16 = 0xffff;
-/// Version of the RUNS and END frames.
+/// Version of the PARENT and END frames, and of the RUNS frames of full images.
 pub const INTERNAL_VERSION: u16 = 1;
+/// Version of the RUNS frames of incremental images, which may list SAME runs.
+pub const INCREMENTAL_RUNS_VERSION: u16 = 2;
+/// Most images in a chain, the full one at its end included.
+pub const MAX_CHAIN_IMAGES: usize = 128;
 
 /// Size of the header of `records`, in every format version.
 pub const HEADER_BYTES: usize = 256;
@@ -43,6 +49,8 @@ pub const FRAME_BYTES: usize = 40;
 pub const RUN_BYTES: usize = 48;
 /// Size of the END frame's body.
 pub const END_BYTES: usize = 32;
+/// Size of the PARENT frame's body.
+pub const PARENT_BYTES: usize = 24;
 
 // The high byte, CR LF and ^Z show a transfer that stripped bits or converted line ends.
 pub(crate) const RECORDS_MAGIC: [u8; 8] = *b"\x89CKPT\r\n\x1a";
@@ -84,6 +92,35 @@ impl HeaderInfo {
             62 => "x86_64".to_owned(),
             183 => "aarch64".to_owned(),
             other => format!("ELF machine {other}"),
+        }
+    }
+}
+
+/// The image that an incremental image is built on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Parent {
+    /// Its image id.
+    pub id: [u8; 16],
+    /// Its checkpoint number: it is the directory with this name beside that of the incremental image. From 1.
+    pub number: u64,
+}
+
+impl Parent {
+    pub(crate) fn encode(&self) -> [u8; PARENT_BYTES] {
+        let mut out = [0; PARENT_BYTES];
+        out[..16].copy_from_slice(&self.id);
+        out[16..].copy_from_slice(&self.number.to_le_bytes());
+        out
+    }
+
+    /// Decodes the body of a PARENT frame.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
+        if bytes.len() != PARENT_BYTES {
+            return Err(format!("a parent record of {} bytes", bytes.len()));
+        }
+        match le_u64(bytes, 16) {
+            0 => Err("a parent with the number 0".to_owned()),
+            number => Ok(Parent { id: array(bytes, 0), number }),
         }
     }
 }
@@ -319,17 +356,30 @@ pub(crate) fn check_frame(
     Ok(())
 }
 
+/// What an entry of a RUNS frame says about its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Listed {
+    /// Their content is in `pages`.
+    Data {
+        position: u64,
+        /// In bytes, without padding.
+        stored: u32,
+        encoding: Compression,
+        checksum: u64,
+    },
+    /// They are zero.
+    Zero,
+    /// They are those of this object of the parent at the same offset.
+    Same { parent_object: u64 },
+}
+
 /// One entry of a RUNS frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RunEntry {
     pub(crate) object: u64,
     pub(crate) offset: u64,
     pub(crate) npages: u32,
-    pub(crate) zero: bool,
-    pub(crate) position: u64,
-    pub(crate) stored: u32,
-    pub(crate) encoding: Compression,
-    pub(crate) checksum: u64,
+    pub(crate) listed: Listed,
 }
 
 /// XXH3-64 over the stored bytes of a run and `pad` zero bytes.
@@ -345,81 +395,100 @@ pub(crate) fn run_checksum(stored: &[u8], pad: usize) -> u64 {
 
 const RUN_DATA: u32 = 1;
 const RUN_ZERO: u32 = 2;
+const RUN_SAME: u32 = 3;
+
+/// What entries of an image may be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EntryRules {
+    /// The header's compression.
+    pub(crate) compression: Compression,
+    /// SAME runs are allowed.
+    pub(crate) incremental: bool,
+}
 
 impl RunEntry {
-    pub(crate) fn raw_bytes(&self) -> usize {
-        self.npages as usize * PAGE_SIZE
+    /// Length inside the object, in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        u64::from(self.npages) * PAGE_SIZE as u64
+    }
+
+    /// Where it ends inside the object; decoding and writing make sure that it does not overflow.
+    pub(crate) fn end(&self) -> u64 {
+        self.offset + self.bytes()
     }
 
     /// Bytes in `pages`, padding included.
     pub(crate) fn stored_padded(&self) -> u64 {
-        u64::from(self.stored) + padding(u64::from(self.stored)) as u64
+        match self.listed {
+            Listed::Data { stored, .. } => u64::from(stored) + padding(u64::from(stored)) as u64,
+            _ => 0,
+        }
     }
 
     pub(crate) fn encode(&self) -> [u8; RUN_BYTES] {
+        let (kind, position, stored, encoding, checksum) = match self.listed {
+            Listed::Data { position, stored, encoding, checksum } => {
+                (RUN_DATA, position, stored, encoding, checksum)
+            }
+            Listed::Zero => (RUN_ZERO, 0, 0, Compression::None, 0),
+            Listed::Same { parent_object } => (RUN_SAME, parent_object, 0, Compression::None, 0),
+        };
         let mut out = [0; RUN_BYTES];
         out[0..8].copy_from_slice(&self.object.to_le_bytes());
         out[8..16].copy_from_slice(&self.offset.to_le_bytes());
         out[16..20].copy_from_slice(&self.npages.to_le_bytes());
-        out[20..24].copy_from_slice(&(if self.zero { RUN_ZERO } else { RUN_DATA }).to_le_bytes());
-        out[24..32].copy_from_slice(&self.position.to_le_bytes());
-        out[32..36].copy_from_slice(&self.stored.to_le_bytes());
-        out[36..40].copy_from_slice(&self.encoding.code().to_le_bytes());
-        out[40..48].copy_from_slice(&self.checksum.to_le_bytes());
+        out[20..24].copy_from_slice(&kind.to_le_bytes());
+        out[24..32].copy_from_slice(&position.to_le_bytes());
+        out[32..36].copy_from_slice(&stored.to_le_bytes());
+        out[36..40].copy_from_slice(&encoding.code().to_le_bytes());
+        out[40..48].copy_from_slice(&checksum.to_le_bytes());
         out
     }
 
     /// Decodes and checks one entry; `next_position` is where the next DATA run must lie in `pages`.
-    pub(crate) fn decode(bytes: &[u8], compression: Compression, next_position: u64) -> Result<Self, String> {
-        let (offset, npages) = (le_u64(bytes, 8), le_u32(bytes, 16));
-        let object = le_u64(bytes, 0);
-        let zero = match le_u32(bytes, 20) {
-            RUN_DATA => false,
-            RUN_ZERO => true,
-            other => return Err(format!("page run of unknown type {other}")),
-        };
-        let code = le_u32(bytes, 36);
+    pub(crate) fn decode(bytes: &[u8], rules: EntryRules, next_position: u64) -> Result<Self, String> {
+        let (object, offset, npages) = (le_u64(bytes, 0), le_u64(bytes, 8), le_u32(bytes, 16));
+        let (position, stored, checksum) = (le_u64(bytes, 24), le_u32(bytes, 32), le_u64(bytes, 40));
+        let (kind, code) = (le_u32(bytes, 20), le_u32(bytes, 36));
+        if !(matches!(kind, RUN_DATA | RUN_ZERO) || kind == RUN_SAME && rules.incremental) {
+            return Err(format!("page run of unknown type {kind}"));
+        }
+        let compression = rules.compression;
         let encoding = Compression::from_code(code)
             .filter(|encoding| *encoding == Compression::None || *encoding == compression)
             .ok_or_else(|| format!("page run packed with number {code} in an image with {compression}"))?;
-        let entry = RunEntry {
-            object,
-            offset,
-            npages,
-            zero,
-            position: le_u64(bytes, 24),
-            stored: le_u32(bytes, 32),
-            encoding,
-            checksum: le_u64(bytes, 40),
-        };
-        if npages == 0 || npages > MAX_RUN_PAGES {
+        // What stores nothing may be of any length.
+        if npages == 0 || npages > MAX_RUN_PAGES && kind != RUN_SAME {
             return Err(format!("page run of {npages} pages, allowed are 1 to {MAX_RUN_PAGES}"));
         }
-        if offset % PAGE_SIZE as u64 != 0 || offset.checked_add(entry.raw_bytes() as u64).is_none() {
+        let raw = u64::from(npages) * PAGE_SIZE as u64;
+        if !offset.is_multiple_of(PAGE_SIZE as u64) || offset.checked_add(raw).is_none() {
             return Err(format!("page run at impossible offset {offset:#x} of object {object:#x}"));
         }
-        if zero {
-            if entry.position != 0
-                || entry.stored != 0
-                || entry.checksum != 0
-                || encoding != Compression::None
-            {
-                return Err("a run of zero pages claims stored bytes".to_owned());
+        let entry = |listed| RunEntry { object, offset, npages, listed };
+        if kind != RUN_DATA {
+            if stored != 0 || checksum != 0 || encoding != Compression::None {
+                return Err("a run of zero or unchanged pages claims stored bytes".to_owned());
             }
-            return Ok(entry);
+            if kind == RUN_SAME {
+                return Ok(entry(Listed::Same { parent_object: position }));
+            }
+            if position != 0 {
+                return Err("a run of zero pages claims a position".to_owned());
+            }
+            return Ok(entry(Listed::Zero));
         }
-        let (stored, raw) = (entry.stored as usize, entry.raw_bytes());
-        let fits = if encoding == Compression::None { stored == raw } else { stored > 0 && stored < raw };
+        let fits = match encoding {
+            Compression::None => u64::from(stored) == raw,
+            _ => stored > 0 && u64::from(stored) < raw,
+        };
         if !fits {
             return Err(format!("page run of {raw} bytes stored in {stored}"));
         }
-        if entry.position != next_position {
-            return Err(format!(
-                "page run at position {} of `pages`, expected at {next_position}",
-                entry.position
-            ));
+        if position != next_position {
+            return Err(format!("page run at position {position} of `pages`, expected at {next_position}"));
         }
-        Ok(entry)
+        Ok(entry(Listed::Data { position, stored, encoding, checksum }))
     }
 }
 

@@ -15,12 +15,13 @@ pub mod codec;
 mod compression;
 mod error;
 pub mod format;
+mod image_file;
 mod reader;
 pub mod store;
 mod writer;
 
 pub use compression::{Compression, UnknownCompression};
 pub use error::{IoHint, ReadError, WriteError};
-pub use format::{HeaderInfo, PAGE_SIZE};
-pub use reader::{Object, Reader, Record, Run, RunKind, VerifyReport, read_header};
+pub use format::{HeaderInfo, PAGE_SIZE, Parent};
+pub use reader::{ImageInfo, Object, Reader, Record, Run, RunKind, VerifyReport, read_header, read_link};
 pub use writer::{Identity, Summary, Writer, ZeroPages};

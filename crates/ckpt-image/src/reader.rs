@@ -1,25 +1,31 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Reads and verifies images, which are hostile input.
 //!
-//! [`Reader::open`] reads and checks the whole `records` file; page content is read and checked run by run.
-//! Memory is taken only for bytes that are really in the file, so a small file cannot ask for much.
+//! [`Reader::open`] reads and checks the whole `records` file; page content is read and checked run by run. If the image
+//! is incremental, it does so with every image of the chain below it and finds out which of them holds each page, so
+//! that its user sees one image. Memory is taken only for bytes that are really in the files, so a small file cannot
+//! ask for much.
 
 use std::fs::File;
-use std::io::{self, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
-use crate::compression::{self, Compression};
+use crate::compression::Compression;
 use crate::error::ReadError;
 use crate::format::{
-    self, Digest, END_BYTES, End, FIRST_RESERVED_KIND, FORMAT_VERSION, FRAME_BYTES, HEADER_BYTES,
-    HeaderFault, HeaderInfo, INTERNAL_VERSION, KIND_END, KIND_RUNS, MAX_RECORDS_FILE_BYTES,
-    MAX_RUNS_PER_FRAME, PAGES_FILE, PAGES_HEADER_BYTES, RECORDS_FILE, RUN_BYTES, RunEntry,
+    self, FRAME_BYTES, HEADER_BYTES, HeaderInfo, KIND_PARENT, Listed, MAX_CHAIN_IMAGES, PARENT_BYTES, Parent,
+    RECORDS_FILE, RunEntry,
 };
+use crate::image_file::{ImageFile, Stored, open_dir, open_file, short, take_header};
+
+/// Stored runs of which pages are in use here and there, and that are kept so as to be read and checked once. Reading
+/// in order needs one for each image of the chain.
+const KEPT_RUNS: usize = 16;
 
 /// A record, its body still encoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,34 +62,30 @@ pub struct Run {
     pub bytes: u64,
     /// Whether there is content.
     pub kind: RunKind,
-    position: u64,
-    checksum: u64,
-    stored: u32,
-    encoding: Compression,
+    /// Which image of the chain has it, 0 being the newest.
+    image: u16,
+    /// Where the run begins in the unpacked content of `stored`, in bytes.
+    skip: u32,
+    stored: Stored,
 }
 
 impl Run {
-    /// Where the run lies in the file `pages`, in bytes; only for data that is stored unpacked.
-    pub fn raw_position(&self) -> Option<u64> {
-        (self.kind == RunKind::Data && self.encoding == Compression::None).then_some(self.position)
-    }
-
-    /// Bytes that the run takes in the file `pages`, padding included.
+    /// Bytes that its content takes on the disk, in whichever image of the chain: exact for a whole stored run, in
+    /// proportion for a part of one.
     pub fn stored_bytes(&self) -> u64 {
-        u64::from(self.stored) + format::padding(u64::from(self.stored)) as u64
+        match self.stored.raw {
+            0 => 0,
+            raw => self.stored.padded() * self.bytes / u64::from(raw),
+        }
     }
 
-    fn from_entry(entry: &RunEntry) -> Self {
-        Run {
-            object: entry.object,
-            offset: entry.offset,
-            bytes: entry.raw_bytes() as u64,
-            kind: if entry.zero { RunKind::Zero } else { RunKind::Data },
-            position: entry.position,
-            checksum: entry.checksum,
-            stored: entry.stored,
-            encoding: entry.encoding,
-        }
+    /// Which image of [`Reader::images`] stores it.
+    pub fn image(&self) -> usize {
+        self.image.into()
+    }
+
+    fn is_whole(&self) -> bool {
+        u64::from(self.stored.raw) == self.bytes
     }
 }
 
@@ -96,49 +98,125 @@ pub struct Object<'a> {
     pub runs: &'a [Run],
 }
 
-/// What [`Reader::verify`] has read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What [`Reader::verify`] has read; of a chain, of all its images together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct VerifyReport {
+    /// Images: 1 for a full one, the length of the chain for an incremental one.
+    pub images: u64,
     /// Records.
     pub records: u64,
-    /// Page runs.
+    /// Page runs, those that say that nothing changed included.
     pub runs: u64,
     /// Pages with stored content.
     pub data_pages: u64,
     /// Pages listed as zero.
     pub zero_pages: u64,
-    /// Bytes read and found right, of both files.
+    /// Bytes read and found right, of both files of each image.
+    pub bytes: u64,
+}
+
+/// One image of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageInfo<'a> {
+    /// Its directory, as messages call it.
+    pub path: &'a str,
+    /// Its header.
+    pub header: &'a HeaderInfo,
+    /// The image that it is built on, if it is incremental.
+    pub parent: Option<Parent>,
+    /// Size of its two files in bytes.
     pub bytes: u64,
 }
 
 /// An open image whose `records` file was found right. Methods take `&self`: threads may share it.
 #[derive(Debug)]
 pub struct Reader {
-    header: HeaderInfo,
+    /// The newest first; never empty.
+    images: Vec<ImageFile>,
     records: Vec<Record>,
     runs: Vec<Run>,
-    records_file: File,
-    pages_file: File,
-    records_path: String,
-    pages_path: String,
-    records_bytes: u64,
-    pages_bytes: u64,
+    kept: Mutex<Vec<Kept>>,
 }
+
+/// A stored run, unpacked and checked: the image, the position in its `pages`, the content.
+type Kept = (u16, u64, Arc<Vec<u8>>);
 
 /// The header of the image in `dir`, without reading anything else.
 ///
 /// # Errors
 /// As for [`Reader::open`].
 pub fn read_header(dir: &Path) -> Result<HeaderInfo, ReadError> {
+    read_link(dir).map(|(header, _)| header)
+}
+
+/// The header of the image in `dir` and what it is built on, if it is incremental, without reading anything else.
+///
+/// # Errors
+/// As for [`Reader::open`].
+pub fn read_link(dir: &Path) -> Result<(HeaderInfo, Option<Parent>), ReadError> {
     let label = dir.display().to_string();
-    let fd = open_dir(dir, &label)?;
+    read_link_at(&open_dir(dir, &label)?, &label)
+}
+
+pub(crate) fn read_link_at(dir: &OwnedFd, label: &str) -> Result<(HeaderInfo, Option<Parent>), ReadError> {
+    use std::io::Read as _;
     let path = format!("{label}/{RECORDS_FILE}");
-    let (mut file, size) = open_file(&fd, RECORDS_FILE, &path)?;
-    Ok(take_header(&mut file, &path, size)?.1)
+    let (mut file, size) = open_file(dir, RECORDS_FILE, &path)?;
+    let header = take_header(&mut file, &path, size)?.1;
+    // An image without any frame is one that is being written, and a full one.
+    let mut first = [0; FRAME_BYTES + PARENT_BYTES];
+    let got = size.saturating_sub(HEADER_BYTES as u64).min(first.len() as u64) as usize;
+    file.read_exact(&mut first[..got]).map_err(|e| short(e, &path, HEADER_BYTES as u64))?;
+    let damaged =
+        |at: u64, what| ReadError::Damaged { path: path.clone(), offset: HEADER_BYTES as u64 + at, what };
+    let (frame, body) = first.split_at(FRAME_BYTES);
+    let Some(frame_bytes) = frame.first_chunk::<FRAME_BYTES>().filter(|_| got >= FRAME_BYTES) else {
+        return Ok((header, None));
+    };
+    let frame = format::decode_frame(frame_bytes).map_err(|(at, what)| damaged(at, what))?;
+    if frame.kind != KIND_PARENT {
+        return Ok((header, None));
+    }
+    if frame.body_len as usize != PARENT_BYTES || got < first.len() {
+        return Err(damaged(0, "a parent record of an impossible length".to_owned()));
+    }
+    format::check_frame(frame_bytes, &frame, body).map_err(|(at, what)| damaged(at, what))?;
+    let parent = Parent::decode(body).map_err(|what| damaged(FRAME_BYTES as u64, what))?;
+    Ok((header, Some(parent)))
+}
+
+/// Opens the directory of a parent: `../<number>` of that of its child, which is `child` and called `label`. Returns
+/// what messages call it, too.
+pub(crate) fn open_parent(
+    child: &OwnedFd,
+    label: &str,
+    parent: Parent,
+) -> Result<(OwnedFd, String), ReadError> {
+    let number = parent.number.to_string();
+    let child_path = Path::new(label);
+    let path = match (child_path.file_name(), child_path.parent()) {
+        (Some(_), Some(beside)) => beside.join(&number),
+        _ => child_path.join("..").join(&number),
+    };
+    let path = path.display().to_string();
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    match openat(child.as_fd(), Path::new("..").join(&number).as_path(), flags, Mode::empty()) {
+        Ok(dir) => Ok((dir, path)),
+        Err(Errno::ENOENT) => Err(ReadError::ParentMissing { path: label.to_owned(), parent: path }),
+        Err(errno) => Err(ReadError::Parent {
+            path: label.to_owned(),
+            source: Box::new(ReadError::Io {
+                path,
+                action: "open the checkpoint directory",
+                source: errno.into(),
+            }),
+        }),
+    }
 }
 
 impl Reader {
-    /// Opens the image in `dir`; reads and checks all of `records` and the header and size of `pages`.
+    /// Opens the image in `dir`; reads and checks all of `records` and the header and size of `pages`. An incremental
+    /// image takes those below it in the chain along: they lie in the directories `../<number>` of each other.
     ///
     /// # Errors
     /// Every [`ReadError`]; the image is not usable then.
@@ -149,35 +227,70 @@ impl Reader {
     }
 
     /// As [`Reader::open`], for a directory already open (from another mount namespace, for example) that
-    /// messages call `label`. Both files are opened here, the directory is not used afterwards.
+    /// messages call `label`. All files are opened here, also those of the chain, which are found from the descriptor;
+    /// the directory is not used afterwards.
     ///
     /// # Errors
     /// As for [`Reader::open`].
     pub fn open_at(dir: OwnedFd, label: &str) -> Result<Reader, ReadError> {
-        let records_path = format!("{label}/{RECORDS_FILE}");
-        let pages_path = format!("{label}/{PAGES_FILE}");
-        let (records_file, records_bytes) = open_file(&dir, RECORDS_FILE, &records_path)?;
-        let (pages_file, pages_bytes) = open_file(&dir, PAGES_FILE, &pages_path)?;
-        let parsed = parse_records(&records_file, &records_path, records_bytes)?;
-        let reader = Reader {
-            header: parsed.header,
-            records: parsed.records,
-            runs: parsed.runs,
-            records_file,
-            pages_file,
-            records_path,
-            pages_path,
-            records_bytes,
-            pages_bytes: parsed.pages_bytes,
-        };
-        reader.check_pages_header()?;
-        reader.check_pages_size(pages_bytes)?;
-        Ok(reader)
+        let (newest, parsed) = ImageFile::open(&dir, label)?;
+        let records = parsed.records;
+        let mut runs = Vec::new();
+        let mut wanted = Vec::new();
+        for entry in &parsed.entries {
+            let (offset, end, object) = (entry.offset, entry.end(), entry.object);
+            pick(entry, Wanted { source: object, offset, end, object }, 0, &mut runs, &mut wanted);
+        }
+        let mut images = vec![newest];
+        let mut dir = dir;
+        while let Some(child) = images.last()
+            && let Some(parent) = child.parent
+        {
+            if images.len() >= MAX_CHAIN_IMAGES {
+                let (path, limit) = (label.to_owned(), MAX_CHAIN_IMAGES);
+                return Err(ReadError::ChainTooLong { path, limit });
+            }
+            let (parent_dir, parent_label) = open_parent(&dir, &child.label, parent)?;
+            let below = |source| ReadError::Parent { path: label.to_owned(), source: Box::new(source) };
+            let (image, parsed) = ImageFile::open(&parent_dir, &parent_label).map_err(below)?;
+            if image.header.id != parent.id {
+                let path = child.label.clone();
+                return Err(ReadError::ParentMismatched { path, parent: parent_label });
+            }
+            // Numbers that fall cannot go round in a circle.
+            if image.parent.is_some_and(|grandparent| grandparent.number >= parent.number) {
+                return Err(below(
+                    image.records_damaged("its parent has not a lower number than itself".to_owned()),
+                ));
+            }
+            wanted.sort_unstable_by_key(|w: &Wanted| (w.source, w.offset));
+            wanted = descend(&wanted, &parsed.entries, images.len() as u16, &mut runs);
+            images.push(image);
+            dir = parent_dir;
+        }
+        // Stable, because that is faster for sorted stretches one behind the other.
+        runs.sort_by_key(|run| (run.object, run.offset));
+        Ok(Reader { images, records, runs, kept: Mutex::default() })
     }
 
     /// The header.
     pub fn header(&self) -> &HeaderInfo {
-        &self.header
+        &self.images[0].header
+    }
+
+    /// The image that this one is built on, if it is incremental.
+    pub fn parent(&self) -> Option<Parent> {
+        self.images[0].parent
+    }
+
+    /// The images of the chain, the newest first: this one, and those that it is built on.
+    pub fn images(&self) -> impl ExactSizeIterator<Item = ImageInfo<'_>> {
+        self.images.iter().map(|image| ImageInfo {
+            path: &image.label,
+            header: &image.header,
+            parent: image.parent,
+            bytes: image.total_bytes(),
+        })
     }
 
     /// All records in the order they were written.
@@ -185,7 +298,7 @@ impl Reader {
         &self.records
     }
 
-    /// The runs of `object` by offset; empty if it has none.
+    /// The runs of `object` by offset; empty if it has none. Of a chain, the newest content of every page.
     pub fn runs(&self, object: u64) -> &[Run] {
         let from = self.runs.partition_point(|run| run.object < object);
         let to = self.runs.partition_point(|run| run.object <= object);
@@ -197,15 +310,25 @@ impl Reader {
         self.runs.chunk_by(|a, b| a.object == b.object).map(|runs| Object { object: runs[0].object, runs })
     }
 
-    /// Size of both files in bytes.
+    /// Size of all files in bytes, those of the chain included.
     pub fn total_bytes(&self) -> u64 {
-        self.records_bytes + self.pages_bytes
+        self.images.iter().map(ImageFile::total_bytes).sum()
     }
 
-    /// The open file `pages`, for filling memory from it directly at [`Run::raw_position`]; whoever does so
-    /// goes without the checksum.
-    pub fn pages_file(&self) -> &File {
-        &self.pages_file
+    /// Where the content of `run` lies as it is: the file (`pages` of some image of the chain) and the position in
+    /// bytes. Only for runs that are stored whole and unpacked; whoever reads them by himself has the checksum checked
+    /// by [`Reader::check_run`].
+    pub fn raw_location(&self, run: &Run) -> Option<(&File, u64)> {
+        let raw = run.kind == RunKind::Data && run.stored.encoding == Compression::None && run.is_whole();
+        raw.then(|| (&self.images[run.image()].pages, run.stored.position))
+    }
+
+    /// Checks content that was read at [`Reader::raw_location`].
+    ///
+    /// # Errors
+    /// [`ReadError::Damaged`].
+    pub fn check_run(&self, run: &Run, content: &[u8]) -> Result<(), ReadError> {
+        self.images[run.image()].check(&run.stored, content, 0).map_err(|e| self.of_image(run, e))
     }
 
     /// Reads the content of `run` into `buf`, which becomes exactly [`Run::bytes`] long. Keep `buf` from call
@@ -214,318 +337,139 @@ impl Reader {
     /// # Errors
     /// [`ReadError::Damaged`] when checksum, padding or packing are wrong; [`ReadError::Io`].
     pub fn read_run(&self, run: &Run, buf: &mut Vec<u8>) -> Result<(), ReadError> {
-        let raw = run.bytes as usize;
+        buf.resize(run.bytes as usize, 0);
+        self.read_run_into(run, buf)
+    }
+
+    /// As [`Reader::read_run`], into memory that is exactly [`Run::bytes`] long: unpacked runs are read right there and
+    /// checked afterwards. Threads may do this at the same time.
+    ///
+    /// # Errors
+    /// As for [`Reader::read_run`].
+    ///
+    /// # Panics
+    /// If `buf` has another length.
+    pub fn read_run_into(&self, run: &Run, buf: &mut [u8]) -> Result<(), ReadError> {
+        assert_eq!(buf.len() as u64, run.bytes, "memory for a run is as long as the run");
         if run.kind == RunKind::Zero {
-            buf.clear();
-            buf.resize(raw, 0);
+            buf.fill(0);
             return Ok(());
         }
-        let damaged = |offset: u64, what: String| ReadError::Damaged {
-            path: self.pages_path.clone(),
-            offset: run.position + offset,
-            what: format!("{what} (object {:#x}, offset {:#x})", run.object, run.offset),
-        };
-        let (stored, padded) = (run.stored as usize, run.stored_bytes() as usize);
-        // Packed bytes are read behind the place for the raw ones, so that one buffer does for both.
-        let at = if run.encoding == Compression::None { 0 } else { raw };
-        buf.resize((at + padded).max(raw), 0);
-        let (head, tail) = buf.split_at_mut(at);
-        self.pages_file
-            .read_exact_at(&mut tail[..padded], run.position)
-            .map_err(|e| short(e, &self.pages_path, run.position))?;
-        if let Some(pad) = tail[stored..padded].iter().position(|byte| *byte != 0) {
-            return Err(damaged((stored + pad) as u64, "padding is not zero".to_owned()));
+        if run.is_whole() {
+            return self.images[run.image()].read(&run.stored, buf).map_err(|e| self.of_image(run, e));
         }
-        if format::run_checksum(&tail[..stored], padded - stored) != run.checksum {
-            return Err(damaged(0, "the checksum of the pages is wrong".to_owned()));
-        }
-        if run.encoding != Compression::None {
-            compression::unpack(run.encoding, &tail[..stored], head)
-                .map_err(|what| damaged(0, format!("the pages do not unpack: {what}")))?;
-        }
-        buf.truncate(raw);
+        let whole = self.whole(run)?;
+        buf.copy_from_slice(&whole[run.skip as usize..][..buf.len()]);
         Ok(())
     }
 
-    /// Reads all of both files again, padding and exact sizes included, and checks every byte. `progress` gets
-    /// the bytes done and the total.
+    /// The whole stored run of which `run` is a part, checked.
+    fn whole(&self, run: &Run) -> Result<Arc<Vec<u8>>, ReadError> {
+        let is = |kept: &Kept| kept.0 == run.image && kept.1 == run.stored.position;
+        let lock = || self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = lock();
+        if let Some(at) = kept.iter().position(is) {
+            kept[..=at].rotate_right(1);
+            return Ok(Arc::clone(&kept[0].2));
+        }
+        drop(kept);
+        let mut raw = vec![0; run.stored.raw as usize];
+        self.images[run.image()].read(&run.stored, &mut raw).map_err(|e| self.of_image(run, e))?;
+        let raw = Arc::new(raw);
+        let mut kept = lock();
+        // Another thread may have read the same; then there are two for a while.
+        kept.insert(0, (run.image, run.stored.position, Arc::clone(&raw)));
+        kept.truncate(KEPT_RUNS);
+        Ok(raw)
+    }
+
+    /// Says for which page it was, and of which chain the damaged image is a part.
+    fn of_image(&self, run: &Run, error: ReadError) -> ReadError {
+        let error = match error {
+            ReadError::Damaged { path, offset, what } => {
+                let what = format!("{what} (object {:#x}, offset {:#x})", run.object, run.offset);
+                ReadError::Damaged { path, offset, what }
+            }
+            other => other,
+        };
+        self.below(run.image(), error)
+    }
+
+    fn below(&self, image: usize, error: ReadError) -> ReadError {
+        if image == 0 {
+            return error;
+        }
+        ReadError::Parent { path: self.images[0].label.clone(), source: Box::new(error) }
+    }
+
+    /// Reads all of both files again, padding and exact sizes included, and checks every byte; of a chain, of all its
+    /// images, whether all of their pages are still in use or not. `progress` gets the bytes done and the total.
     ///
     /// # Errors
     /// The first fault found, see [`ReadError`].
     pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<VerifyReport, ReadError> {
         let total = self.total_bytes();
         progress(0, total);
-        let size = file_size(&self.records_file, &self.records_path)?;
-        // Once more, because the file may have changed since it was opened.
-        let again = parse_records(&self.records_file, &self.records_path, size)?;
-        if again.header != self.header || again.records != self.records || again.runs != self.runs {
-            return Err(ReadError::Damaged {
-                path: self.records_path.clone(),
-                offset: 0,
-                what: "the file changed while it was open".to_owned(),
-            });
+        let mut report = VerifyReport::default();
+        for (n, image) in self.images.iter().enumerate() {
+            let before = report.bytes;
+            let records = (n == 0).then_some(&self.records[..]);
+            let checked = image
+                .verify(records, &mut |done| progress(before + done, total))
+                .map_err(|e| self.below(n, e))?;
+            report.images += 1;
+            report.records += checked.records;
+            report.runs += checked.runs;
+            report.data_pages += checked.data_pages;
+            report.zero_pages += checked.zero_pages;
+            report.bytes += image.total_bytes();
         }
-        drop(again);
-        let mut done = self.records_bytes;
-        progress(done, total);
-        self.check_pages_header()?;
-        self.check_pages_size(file_size(&self.pages_file, &self.pages_path)?)?;
-        done += PAGES_HEADER_BYTES as u64;
-        let mut report = VerifyReport {
-            records: self.records.len() as u64,
-            runs: self.runs.len() as u64,
-            data_pages: 0,
-            zero_pages: 0,
-            bytes: total,
-        };
-        // In file order, so that the disk reads ahead; together the runs are the whole file.
-        let mut order: Vec<&Run> = self.runs.iter().filter(|run| run.kind == RunKind::Data).collect();
-        order.sort_unstable_by_key(|run| run.position);
-        let mut buf = Vec::new();
-        for run in order {
-            self.read_run(run, &mut buf)?;
-            report.data_pages += run.bytes / format::PAGE_SIZE as u64;
-            done += run.stored_bytes();
-            progress(done, total);
-        }
-        let zero = self.runs.iter().filter(|run| run.kind == RunKind::Zero);
-        report.zero_pages = zero.map(|run| run.bytes / format::PAGE_SIZE as u64).sum();
         Ok(report)
     }
+}
 
-    fn check_pages_header(&self) -> Result<(), ReadError> {
-        let mut bytes = [0; PAGES_HEADER_BYTES];
-        self.pages_file.read_exact_at(&mut bytes, 0).map_err(|e| short(e, &self.pages_path, 0))?;
-        let id = format::decode_pages_header(&bytes, &self.header)
-            .map_err(|fault| header_error(fault, &self.pages_path))?;
-        if id != self.header.id {
-            return Err(ReadError::Mismatched { path: self.pages_path.clone() });
+/// Pages of `object` of the newest image that are those of `source` in the image looked at, at the same offsets.
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
+    source: u64,
+    /// First byte, and the one after the last.
+    offset: u64,
+    end: u64,
+    object: u64,
+}
+
+/// Takes from `entries`, those of the `image`-th image, what is wanted of them, and returns what they say is to be found
+/// in its parent. Both are sorted, and neither overlaps.
+///
+/// What is wanted and not listed is left out: it is what pages are that no image lists.
+fn descend(wanted: &[Wanted], entries: &[RunEntry], image: u16, runs: &mut Vec<Run>) -> Vec<Wanted> {
+    let mut next = Vec::new();
+    let mut first = 0;
+    for want in wanted {
+        while let Some(entry) = entries.get(first)
+            && (entry.object < want.source || entry.object == want.source && entry.end() <= want.offset)
+        {
+            first += 1;
         }
-        Ok(())
-    }
-
-    fn check_pages_size(&self, size: u64) -> Result<(), ReadError> {
-        if size == self.pages_bytes {
-            return Ok(());
-        }
-        Err(ReadError::Damaged {
-            path: self.pages_path.clone(),
-            offset: size.min(self.pages_bytes),
-            what: format!("the file is {size} bytes long, it was written with {}", self.pages_bytes),
-        })
-    }
-}
-
-fn open_dir(dir: &Path, label: &str) -> Result<OwnedFd, ReadError> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    nix::fcntl::open(dir, flags, Mode::empty()).map_err(|errno| ReadError::Io {
-        path: label.to_owned(),
-        action: "open the checkpoint directory",
-        source: errno.into(),
-    })
-}
-
-fn open_file(dir: &OwnedFd, name: &str, path: &str) -> Result<(File, u64), ReadError> {
-    // O_NONBLOCK: a FIFO put here must not block us before it is refused.
-    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-    let fd = openat(dir.as_fd(), name, flags, Mode::empty()).map_err(|errno| ReadError::Io {
-        path: path.to_owned(),
-        action: "open the image file",
-        source: errno.into(),
-    })?;
-    let file = File::from(fd);
-    let size = file_size(&file, path)?;
-    Ok((file, size))
-}
-
-/// Size of a regular file in bytes.
-fn file_size(file: &File, path: &str) -> Result<u64, ReadError> {
-    let meta = file.metadata().map_err(|source| ReadError::Io {
-        path: path.to_owned(),
-        action: "read the size",
-        source,
-    })?;
-    if !meta.is_file() {
-        return Err(ReadError::NotAnImage {
-            path: path.to_owned(),
-            what: "it is not a regular file".to_owned(),
-        });
-    }
-    Ok(meta.len())
-}
-
-/// An error of an exact read: at the end of the file it means truncation.
-fn short(source: io::Error, path: &str, offset: u64) -> ReadError {
-    if source.kind() == io::ErrorKind::UnexpectedEof {
-        return ReadError::Damaged {
-            path: path.to_owned(),
-            offset,
-            what: "the file ends too early".to_owned(),
-        };
-    }
-    ReadError::Io { path: path.to_owned(), action: "read", source }
-}
-
-fn header_error(fault: HeaderFault, path: &str) -> ReadError {
-    let path = path.to_owned();
-    match fault {
-        HeaderFault::Magic => ReadError::NotAnImage { path, what: "the first bytes are others".to_owned() },
-        HeaderFault::Damaged(offset, what) => ReadError::Damaged { path, offset, what },
-        HeaderFault::TooNew(found) => {
-            ReadError::TooNew { path, what: "the image format".to_owned(), found, supported: FORMAT_VERSION }
-        }
-        HeaderFault::Unsupported(what) => ReadError::Unsupported { path, what },
-    }
-}
-
-fn take_header(
-    input: &mut impl Read,
-    path: &str,
-    size: u64,
-) -> Result<([u8; HEADER_BYTES], HeaderInfo), ReadError> {
-    if size > MAX_RECORDS_FILE_BYTES {
-        return Err(ReadError::Damaged {
-            path: path.to_owned(),
-            offset: MAX_RECORDS_FILE_BYTES,
-            what: format!("the file has {size} bytes, the limit is {MAX_RECORDS_FILE_BYTES}"),
-        });
-    }
-    let mut bytes = [0; HEADER_BYTES];
-    input.read_exact(&mut bytes).map_err(|e| short(e, path, 0))?;
-    let info = format::decode_header(&bytes).map_err(|fault| header_error(fault, path))?;
-    Ok((bytes, info))
-}
-
-struct Parsed {
-    header: HeaderInfo,
-    records: Vec<Record>,
-    runs: Vec<Run>,
-    pages_bytes: u64,
-}
-
-/// Reads `records` from its start, whatever the position of `file`.
-fn parse_records(file: &File, path: &str, size: u64) -> Result<Parsed, ReadError> {
-    let mut input = BufReader::with_capacity(256 << 10, AtStart { file, position: 0 });
-    let (header_bytes, header) = take_header(&mut input, path, size)?;
-    let damaged = |offset: u64, what: String| ReadError::Damaged { path: path.to_owned(), offset, what };
-    let mut digest = Digest::new(&header_bytes);
-    let mut records = Vec::new();
-    let mut runs: Vec<Run> = Vec::new();
-    let mut next_position = PAGES_HEADER_BYTES as u64;
-    let mut offset = HEADER_BYTES as u64;
-    loop {
-        let mut frame_bytes = [0; FRAME_BYTES];
-        input.read_exact(&mut frame_bytes).map_err(|e| short(e, path, offset))?;
-        let frame = format::decode_frame(&frame_bytes).map_err(|(at, what)| damaged(offset + at, what))?;
-        let total = frame.total_bytes();
-        // Only now is memory taken for the body: the file does hold that many bytes.
-        if total > size.saturating_sub(offset) {
-            return Err(damaged(offset, format!("a record of {total} bytes goes past the end of the file")));
-        }
-        let mut body = vec![0; (total - FRAME_BYTES as u64) as usize];
-        input.read_exact(&mut body).map_err(|e| short(e, path, offset))?;
-        format::check_frame(&frame_bytes, &frame, &body).map_err(|(at, what)| damaged(offset + at, what))?;
-        body.truncate(frame.body_len as usize);
-        let body_at = offset + FRAME_BYTES as u64;
-        offset += total;
-        if frame.kind < FIRST_RESERVED_KIND {
-            digest.add(frame.checksum);
-            let (kind, version, owner, id) = (frame.kind, frame.version, frame.owner, frame.id);
-            records.push(Record { kind, version, owner, id, body });
-            continue;
-        }
-        let name = match frame.kind {
-            KIND_RUNS => "the page index",
-            KIND_END => "the end record",
-            other => {
-                return Err(ReadError::Unsupported {
-                    path: path.to_owned(),
-                    what: format!(
-                        "unknown record {other:#06x} version {} of a newer image format at byte {}: use a newer ckpt",
-                        frame.version,
-                        body_at - FRAME_BYTES as u64
-                    ),
-                });
+        for entry in &entries[first..] {
+            if entry.object != want.source || entry.offset >= want.end {
+                break;
             }
-        };
-        if frame.version > INTERNAL_VERSION {
-            return Err(ReadError::TooNew {
-                path: path.to_owned(),
-                what: name.to_owned(),
-                found: frame.version.into(),
-                supported: INTERNAL_VERSION.into(),
-            });
-        }
-        if frame.version != INTERNAL_VERSION || frame.owner != 0 || frame.id != 0 {
-            return Err(damaged(body_at, format!("{name} has an impossible version, owner or id")));
-        }
-        if frame.kind == KIND_RUNS {
-            digest.add(frame.checksum);
-            let count = body.len() / RUN_BYTES;
-            if count == 0 || count > MAX_RUNS_PER_FRAME || !body.len().is_multiple_of(RUN_BYTES) {
-                return Err(damaged(body_at, format!("a page index of {} bytes", body.len())));
-            }
-            for (n, bytes) in body.chunks_exact(RUN_BYTES).enumerate() {
-                let entry = RunEntry::decode(bytes, header.compression, next_position)
-                    .map_err(|what| damaged(body_at + (n * RUN_BYTES) as u64, what))?;
-                next_position = next_position
-                    .checked_add(entry.stored_padded())
-                    .ok_or_else(|| damaged(body_at, "page runs past the largest file".to_owned()))?;
-                runs.push(Run::from_entry(&entry));
-            }
-            continue;
-        }
-        if body.len() != END_BYTES {
-            return Err(damaged(body_at, format!("an end record of {} bytes", body.len())));
-        }
-        let found = End {
-            records: records.len() as u64,
-            runs: runs.len() as u64,
-            pages_bytes: next_position,
-            digest: digest.value(),
-        };
-        let expected = End::decode(&body);
-        if found != expected {
-            return Err(damaged(
-                body_at,
-                format!(
-                    "{} records, {} page runs and {} bytes of pages are listed, but {}, {} and {} were written, or their order changed",
-                    found.records,
-                    found.runs,
-                    found.pages_bytes,
-                    expected.records,
-                    expected.runs,
-                    expected.pages_bytes
-                ),
-            ));
-        }
-        if offset != size {
-            return Err(damaged(offset, format!("{} bytes follow the end record", size - offset)));
-        }
-        break;
-    }
-    runs.sort_unstable_by_key(|run| (run.object, run.offset));
-    for pair in runs.windows(2) {
-        if pair[0].object == pair[1].object && pair[0].offset + pair[0].bytes > pair[1].offset {
-            return Err(damaged(
-                0,
-                format!("page runs overlap at offset {:#x} of object {:#x}", pair[1].offset, pair[1].object),
-            ));
+            pick(entry, *want, image, runs, &mut next);
         }
     }
-    Ok(Parsed { header, records, runs, pages_bytes: next_position })
+    next
 }
 
-/// Reads a file from its start without moving its position.
-struct AtStart<'a> {
-    file: &'a File,
-    position: u64,
-}
-
-impl Read for AtStart<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.file.read_at(buf, self.position)?;
-        self.position += n as u64;
-        Ok(n)
+/// Takes what both list. They overlap.
+fn pick(entry: &RunEntry, want: Wanted, image: u16, runs: &mut Vec<Run>, next: &mut Vec<Wanted>) {
+    let (offset, end) = (entry.offset.max(want.offset), entry.end().min(want.end));
+    let object = want.object;
+    let (skip, stored) = ((offset - entry.offset) as u32, Stored::of(entry));
+    let run = |kind| Run { object, offset, bytes: end - offset, kind, image, skip, stored };
+    match entry.listed {
+        Listed::Same { parent_object } => next.push(Wanted { source: parent_object, offset, end, object }),
+        Listed::Zero => runs.push(run(RunKind::Zero)),
+        Listed::Data { .. } => runs.push(run(RunKind::Data)),
     }
 }

@@ -17,10 +17,12 @@ use nix::sys::stat::Mode;
 use crate::compression::{Compression, Packer};
 use crate::error::WriteError;
 use crate::format::{
-    self, Digest, End, FIRST_RESERVED_KIND, FORMAT_VERSION, Frame, HOST_ARCH, HeaderInfo, INTERNAL_VERSION,
-    KIND_END, KIND_RUNS, MAX_BODY_BYTES, MAX_RECORDS_FILE_BYTES, MAX_RUN_PAGES, MAX_RUNS_PER_FRAME,
-    PAGE_SIZE, PAGES_FILE, RECORDS_FILE, RUN_BYTES, RunEntry,
+    self, Digest, End, FIRST_RESERVED_KIND, FORMAT_VERSION, Frame, HOST_ARCH, HeaderInfo,
+    INCREMENTAL_RUNS_VERSION, INTERNAL_VERSION, KIND_END, KIND_PARENT, KIND_RUNS, Listed, MAX_BODY_BYTES,
+    MAX_CHAIN_IMAGES, MAX_RECORDS_FILE_BYTES, MAX_RUN_PAGES, MAX_RUNS_PER_FRAME, PAGE_SIZE, PAGES_FILE,
+    Parent, RECORDS_FILE, RUN_BYTES, RunEntry,
 };
+use crate::reader;
 
 /// Small runs are gathered to writes of this size.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -68,6 +70,8 @@ pub struct Summary {
     pub data_pages: u64,
     /// Pages found zero, whether left out or listed.
     pub zero_pages: u64,
+    /// Pages listed as those of the parent.
+    pub same_pages: u64,
     /// Size of the `records` file in bytes.
     pub records_bytes: u64,
     /// Size of the `pages` file in bytes.
@@ -84,10 +88,18 @@ pub struct Writer {
     compression: Compression,
     digest: Digest,
     index: Vec<u8>,
-    covered: HashMap<u64, BTreeMap<u64, u64>>,
+    /// A SAME run that may still grow.
+    same: Option<RunEntry>,
+    covered: Covered,
+    /// Pages of the parent's objects that are in use.
+    covered_in_parent: Covered,
+    parent: Option<Parent>,
     summary: Summary,
     failed: bool,
 }
+
+/// Stretches by start and end, by object.
+type Covered = HashMap<u64, BTreeMap<u64, u64>>;
 
 impl Writer {
     /// Starts an image in `dir`, which exists and holds no image yet.
@@ -105,6 +117,59 @@ impl Writer {
         Writer::create_at(fd.into(), dir, cpu_features, compression, identity)
     }
 
+    /// Starts an incremental image in `dir`, which exists, holds no image yet, and lies beside the complete checkpoint
+    /// `parent`. Pages that are as they are in the parent are listed with [`Writer::same`].
+    ///
+    /// When this returns the file `records` names the parent, so that the parent is not removed any more, even while
+    /// this image is incomplete.
+    ///
+    /// # Errors
+    /// [`WriteError::Parent`] if there is no such parent beside `dir`, or if it ends a chain that is as long as a chain may
+    /// be; [`WriteError::Io`] when the files cannot be created, also if they exist. A full image can be started in `dir` after a
+    /// [`WriteError::Parent`].
+    pub fn create_incremental(
+        dir: &Path,
+        cpu_features: [u8; 64],
+        compression: Compression,
+        parent: Parent,
+    ) -> Result<Writer, WriteError> {
+        let io = |action, source| WriteError::Io { path: dir.to_owned(), action, source };
+        let fd = File::open(dir).map_err(|e| io("open the checkpoint directory", e))?;
+        let identity = Identity::fresh().map_err(|e| io("get random bytes for its id", e))?;
+        Writer::create_incremental_at(fd.into(), dir, cpu_features, compression, identity, parent)
+    }
+
+    /// Starts an incremental image in the directory `dir`, called `label` in messages, with a given identity.
+    ///
+    /// # Errors
+    /// As for [`Writer::create_incremental`].
+    pub fn create_incremental_at(
+        dir: OwnedFd,
+        label: &Path,
+        cpu_features: [u8; 64],
+        compression: Compression,
+        identity: Identity,
+        parent: Parent,
+    ) -> Result<Writer, WriteError> {
+        let beside =
+            openat(dir.as_fd(), "..", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+                .map_err(|errno| WriteError::Io {
+                    path: label.to_owned(),
+                    action: "open the directory that it is in",
+                    source: errno.into(),
+                })?;
+        // Whoever removes checkpoints holds the names while he looks for children and hides what has none.
+        let names_held = crate::store::hold_names(File::from(beside));
+        check_parent(&dir, label, parent)?;
+        let mut writer = Writer::start(dir, label, cpu_features, compression, identity, Some(parent))?;
+        let flushed = writer.records.flush();
+        writer.written(RECORDS_FILE, flushed)?;
+        // Where names cannot be held, one of the two sees the other.
+        check_parent(&writer.dir, label, parent)?;
+        drop(names_held);
+        Ok(writer)
+    }
+
     /// Starts an image in the directory `dir`, called `label` in messages, with a given identity.
     ///
     /// # Errors
@@ -115,6 +180,17 @@ impl Writer {
         cpu_features: [u8; 64],
         compression: Compression,
         identity: Identity,
+    ) -> Result<Writer, WriteError> {
+        Writer::start(dir, label, cpu_features, compression, identity, None)
+    }
+
+    fn start(
+        dir: OwnedFd,
+        label: &Path,
+        cpu_features: [u8; 64],
+        compression: Compression,
+        identity: Identity,
+        parent: Option<Parent>,
     ) -> Result<Writer, WriteError> {
         let create = |name: &str| {
             let flags =
@@ -153,12 +229,18 @@ impl Writer {
             compression,
             digest: Digest::new(&header),
             index: Vec::new(),
+            same: None,
             covered: HashMap::new(),
+            covered_in_parent: HashMap::new(),
+            parent,
             summary: Summary::default(),
             failed: false,
         };
         writer.put_records(&header)?;
         writer.put_pages(&format::encode_pages_header(&info), 0)?;
+        if let Some(parent) = parent {
+            writer.frame(KIND_PARENT, INTERNAL_VERSION, 0, 0, &parent.encode())?;
+        }
         Ok(writer)
     }
 
@@ -199,16 +281,12 @@ impl Writer {
         zeros: ZeroPages,
     ) -> Result<(), WriteError> {
         let bytes = data.len();
-        let page = PAGE_SIZE as u64;
-        let end = offset
-            .checked_add(bytes as u64)
-            .filter(|_| offset.is_multiple_of(page) && (bytes as u64).is_multiple_of(page))
-            .ok_or(WriteError::BadRange { object, offset, bytes })?;
+        let end = end_of(object, offset, bytes as u64)?;
         if bytes == 0 {
             return Ok(());
         }
         if !cover(self.covered.entry(object).or_default(), offset, end) {
-            return Err(WriteError::Overlap { object, offset, bytes });
+            return Err(WriteError::Overlap { object, offset, bytes: bytes as u64 });
         }
         // Runs are maximal stretches of pages of one sort, cut to the size limit.
         let limit = MAX_RUN_PAGES as usize * PAGE_SIZE;
@@ -227,19 +305,64 @@ impl Writer {
             } else {
                 self.summary.zero_pages += u64::from(npages);
                 if zeros == ZeroPages::Record {
-                    self.index_run(&RunEntry {
-                        object,
-                        offset: run_offset,
-                        npages,
-                        zero: true,
-                        position: 0,
-                        stored: 0,
-                        encoding: Compression::None,
-                        checksum: 0,
-                    })?;
+                    self.index_run(&RunEntry { object, offset: run_offset, npages, listed: Listed::Zero })?;
                 }
             }
             start = stop;
+        }
+        Ok(())
+    }
+
+    /// Lists `bytes` of `object` from byte `offset` on as those of the parent's object `parent_object` at the same offset.
+    ///
+    /// Whatever they are there they are here: content, zero, or, if the parent (with all that it is built on) does not list
+    /// them, what pages are that no run lists. What has been dropped since the parent (`MADV_DONTNEED`, unmapped) must
+    /// not be listed.
+    ///
+    /// No page may be given twice, be it with [`Writer::pages`]; nor may a page of the parent be used twice, for two
+    /// objects: the second time it must be given as content.
+    ///
+    /// # Errors
+    /// [`WriteError::Parent`] in a full image; [`WriteError::BadRange`], [`WriteError::Overlap`], which leave the image as it
+    /// was; [`WriteError::TooManyRecords`] or [`WriteError::Io`].
+    pub fn same(
+        &mut self,
+        object: u64,
+        offset: u64,
+        bytes: u64,
+        parent_object: u64,
+    ) -> Result<(), WriteError> {
+        if self.parent.is_none() {
+            let what = "it has no parent whose pages could be unchanged".to_owned();
+            return Err(WriteError::Parent { path: self.label.clone(), what });
+        }
+        let end = end_of(object, offset, bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        let overlap = WriteError::Overlap { object, offset, bytes };
+        let used = self.covered_in_parent.entry(parent_object).or_default();
+        if !is_free(used, offset, end) || !cover(self.covered.entry(object).or_default(), offset, end) {
+            return Err(overlap);
+        }
+        cover(used, offset, end);
+        self.summary.same_pages += bytes / PAGE_SIZE as u64;
+        let listed = Listed::Same { parent_object };
+        let mut at = offset;
+        while at < end {
+            // Stretches that touch become one run.
+            let grows = |s: &RunEntry| {
+                s.object == object && s.listed == listed && s.end() == at && s.npages < u32::MAX
+            };
+            if !self.same.as_ref().is_some_and(grows) {
+                self.flush_same()?;
+                self.same = Some(RunEntry { object, offset: at, npages: 0, listed });
+            }
+            if let Some(same) = &mut self.same {
+                let npages = ((end - at) / PAGE_SIZE as u64).min(u64::from(u32::MAX - same.npages)) as u32;
+                same.npages += npages;
+                at += u64::from(npages) * PAGE_SIZE as u64;
+            }
         }
         Ok(())
     }
@@ -255,6 +378,7 @@ impl Writer {
     /// [`WriteError::Incomplete`] if an earlier call failed; [`WriteError::Io`], after which the image must be
     /// thrown away.
     pub fn finish(mut self) -> Result<Summary, WriteError> {
+        self.flush_same()?;
         self.flush_index()?;
         let end = End {
             records: self.summary.records,
@@ -308,16 +432,15 @@ impl Writer {
         let checksum = format::run_checksum(stored, pad);
         self.put_pages(stored, pad)?;
         let stored = stored.len() as u32;
-        self.index_run(&RunEntry {
-            object,
-            offset,
-            npages,
-            zero: false,
-            position,
-            stored,
-            encoding,
-            checksum,
-        })
+        let listed = Listed::Data { position, stored, encoding, checksum };
+        self.index_run(&RunEntry { object, offset, npages, listed })
+    }
+
+    fn flush_same(&mut self) -> Result<(), WriteError> {
+        match self.same.take() {
+            Some(same) => self.index_run(&same),
+            None => Ok(()),
+        }
     }
 
     fn index_run(&mut self, entry: &RunEntry) -> Result<(), WriteError> {
@@ -331,7 +454,8 @@ impl Writer {
             return Ok(());
         }
         let mut index = std::mem::take(&mut self.index);
-        let result = self.frame(KIND_RUNS, INTERNAL_VERSION, 0, 0, &index);
+        let version = if self.parent.is_some() { INCREMENTAL_RUNS_VERSION } else { INTERNAL_VERSION };
+        let result = self.frame(KIND_RUNS, version, 0, 0, &index);
         index.clear();
         self.index = index;
         result
@@ -376,16 +500,56 @@ impl Writer {
     }
 }
 
+/// The parent lies beside `dir` and has the id, and the chain with the new image is not too long.
+fn check_parent(dir: &OwnedFd, label: &Path, parent: Parent) -> Result<(), WriteError> {
+    let wrong = |what: String| WriteError::Parent { path: label.to_owned(), what };
+    let mut opened: Option<(OwnedFd, String)> = None;
+    let mut next = Some(parent);
+    for images in 1.. {
+        let Some(parent) = next else { break };
+        if images >= MAX_CHAIN_IMAGES {
+            return Err(wrong(format!("its chain would have more than {MAX_CHAIN_IMAGES} images")));
+        }
+        let (child, child_label) = match &opened {
+            Some((fd, label)) => (fd, label.clone()),
+            None => (dir, label.display().to_string()),
+        };
+        let (fd, path) =
+            reader::open_parent(child, &child_label, parent).map_err(|e| wrong(e.to_string()))?;
+        let (header, grandparent) = reader::read_link_at(&fd, &path).map_err(|e| wrong(e.to_string()))?;
+        if header.id != parent.id {
+            return Err(wrong(format!("{path} is another checkpoint than the one it is built on")));
+        }
+        next = grandparent;
+        opened = Some((fd, path));
+    }
+    Ok(())
+}
+
+/// Where a stretch of whole pages ends.
+fn end_of(object: u64, offset: u64, bytes: u64) -> Result<u64, WriteError> {
+    let page = PAGE_SIZE as u64;
+    offset
+        .checked_add(bytes)
+        .filter(|_| offset.is_multiple_of(page) && bytes.is_multiple_of(page))
+        .ok_or(WriteError::BadRange { object, offset, bytes })
+}
+
+/// No part of `start..end` is covered.
+fn is_free(map: &BTreeMap<u64, u64>, start: u64, end: u64) -> bool {
+    map.range(..end).next_back().is_none_or(|(_, before_end)| *before_end <= start)
+}
+
 /// Marks `start..end` as covered; false if a part of it was.
 fn cover(map: &mut BTreeMap<u64, u64>, start: u64, end: u64) -> bool {
+    if !is_free(map, start, end) {
+        return false;
+    }
     let mut joined = (start, end);
-    if let Some((&before, &before_end)) = map.range(..end).next_back() {
-        if before_end > start {
-            return false;
-        }
-        if before_end == start {
-            joined.0 = before;
-        }
+    if let Some((&before, &before_end)) = map.range(..end).next_back()
+        && before_end == start
+    {
+        joined.0 = before;
     }
     if let Some(after_end) = map.remove(&end) {
         joined.1 = after_end;

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::error::StoreError;
 use super::partial::{self, Held, LOCK_FILE, Made, PARTIAL_SUFFIX, Swept};
-use super::sync_dir;
+use super::{hold_names_in, sync_dir};
 
 /// An unfinished checkpoint directory that this process owns. Dropping it removes the directory.
 #[derive(Debug)]
@@ -113,7 +113,7 @@ impl Claim {
         let parent_dir = File::open(parent).map_err(StoreError::io(parent, "open the directory"))?;
         let own = File::open(&self.partial).map_err(StoreError::io(&self.partial, "open the directory"))?;
         sync_dir(&own).map_err(StoreError::io(&self.partial, "bring the directory to the disk"))?;
-        let names_held = self.number.and_then(|_| partial::hold_names(parent));
+        let names_held = self.number.and_then(|_| hold_names_in(parent));
         let renamed = rename_new(&self.partial, &self.target);
         drop(names_held);
         match renamed {

@@ -21,6 +21,7 @@ use nix::errno::Errno;
 
 pub use claim::Claim;
 pub use error::StoreError;
+pub(crate) use partial::hold_names;
 use partial::{PARTIAL_SUFFIX, REMOVED_SUFFIX, Swept};
 
 /// Longest job name in bytes.
@@ -116,7 +117,7 @@ impl Store {
             // Looked at before the sweep, so that the number of a dead dump is not given out again at once.
             floor = floor.max(highest_number(&job_dir)?);
             self.sweep(job)?;
-            let names_held = partial::hold_names(&job_dir);
+            let names_held = hold_names_in(&job_dir);
             let next = highest_number(&job_dir)?.max(floor).checked_add(1).ok_or_else(|| StoreError::Io {
                 path: job_dir.clone(),
                 action: "find a free checkpoint number",
@@ -210,7 +211,7 @@ impl Store {
         let path = job_dir.join(number.to_string());
         let doomed = job_dir.join(format!("{number}{REMOVED_SUFFIX}"));
         let held = partial::mark_for_removal(&path).map_err(StoreError::io(&path, "lock it for removal"))?;
-        let names_held = partial::hold_names(&job_dir);
+        let names_held = hold_names_in(&job_dir);
         let hidden = claim::rename_new(&path, &doomed);
         drop(names_held);
         hidden.map_err(StoreError::io(&path, "hide it for removal"))?;
@@ -314,6 +315,11 @@ pub fn free_bytes(path: &Path) -> Result<u64, StoreError> {
             Err(errno) => return Err(StoreError::io(path, "find free space")(errno.into())),
         }
     }
+}
+
+/// [`hold_names`] in the directory of a job.
+fn hold_names_in(job_dir: &Path) -> Option<nix::fcntl::Flock<File>> {
+    hold_names(File::open(job_dir).ok()?)
 }
 
 /// Brings directory entries to the disk.

@@ -216,8 +216,8 @@ fn empty_but_lock(path: &Path) -> io::Result<()> {
 /// Holds off renames in a job's directory while its numbers are read, and the other way round: a listing that runs
 /// beside a rename may show neither name. Held for moments only. `None` where directories cannot be locked (NFS); then
 /// mkdir still keeps numbers apart, but a number may come out lower than one just removed.
-pub(super) fn hold_names(job_dir: &Path) -> Option<Flock<File>> {
-    let mut dir = File::open(job_dir).ok()?;
+pub(crate) fn hold_names(job_dir: File) -> Option<Flock<File>> {
+    let mut dir = job_dir;
     loop {
         match Flock::lock(dir, FlockArg::LockExclusive) {
             Ok(flock) => return Some(flock),
