@@ -5,6 +5,7 @@ pub mod attach;
 pub mod check;
 pub mod doctor;
 pub mod dump;
+mod incremental;
 pub mod init;
 pub mod inspect;
 mod job_info;

@@ -110,6 +110,48 @@ impl WriteTracking {
     }
 }
 
+/// Whether the kernel can do all that is relied on: probed by doing. A mapping that is moved must not keep its protection (before Linux
+/// 6.13 and its backports it does, and what was moved would look unwritten where it is now).
+///
+/// # Errors
+/// Why not: what [`WriteTracking::of_this_process`] gives; `EOPNOTSUPP` for moved protection.
+pub fn probe() -> Result<(), Errno> {
+    use crate::memory::PAGE;
+    let tracking = WriteTracking::of_this_process()?;
+    let pagemap = std::fs::File::open("/proc/self/pagemap").map_err(|_| Errno::EACCES)?;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: new memory of three pages where nothing is mapped.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), 3 * PAGE as usize, prot, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    let start = at as u64;
+    let attempt = || {
+        // SAFETY: inside the mapping, which is writable.
+        unsafe { (at as *mut u8).write_volatile(1) };
+        tracking.register(start, PAGE)?;
+        crate::pagemap::scan_written(&pagemap, start, start + PAGE, true, &mut |_| ())?;
+        let to = start + 2 * PAGE;
+        let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: moves the first page of the mapping over the third, both ours and without references to them.
+        let moved = unsafe { libc::mremap(at, PAGE as usize, PAGE as usize, how, to as *mut libc::c_void) };
+        if moved == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        tracking.register(to, PAGE)?;
+        let mut written = false;
+        crate::pagemap::scan_written(&pagemap, to, to + PAGE, false, &mut |r| {
+            written |= r.is(crate::pagemap::WRITTEN);
+        })?;
+        if written { Ok(()) } else { Err(Errno::EOPNOTSUPP) }
+    };
+    let result = attempt();
+    // SAFETY: the mapping made above, to which there are no references.
+    unsafe { libc::munmap(at, 3 * PAGE as usize) };
+    result
+}
+
 impl AsFd for WriteTracking {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

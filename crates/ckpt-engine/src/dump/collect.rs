@@ -74,7 +74,7 @@ fn collect_all(
 }
 
 /// Where code may be written in a process.
-pub(super) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
+pub(crate) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
     p.padding().ok_or_else(|| DumpError::Process {
         pid: p.pid,
         what: "finding its vDSO".into(),
@@ -85,7 +85,7 @@ pub(super) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
 }
 
 /// The error of a process whose address space is full.
-pub(super) fn no_place(pid: i32) -> DumpError {
+pub(crate) fn no_place(pid: i32) -> DumpError {
     let source = std::io::Error::from(std::io::ErrorKind::OutOfMemory);
     DumpError::Process { pid, what: "finding a free page in its address space".into(), source }
 }

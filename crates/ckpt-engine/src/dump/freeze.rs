@@ -24,7 +24,7 @@ pub struct FrozenJob {
     /// The job as it stands still.
     pub job: Job,
     /// Before `tasks`: they are put back before they are let go.
-    pub(super) opened: MadeDumpable,
+    pub(crate) opened: MadeDumpable,
     tasks: Tasks,
 }
 

@@ -13,6 +13,7 @@ pub mod write;
 use crate::error::DumpError;
 use crate::model::JobInfo;
 use crate::snapshot::{Account, Engine, Source};
+use crate::track::{self, Incremental, Tracker};
 use ckpt_image::{Compression, Summary};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -29,6 +30,8 @@ pub struct DumpRequest<'a> {
     pub engine: &'a dyn Engine,
     /// Kill the job when the image is complete, while it is still frozen.
     pub stop: bool,
+    /// For an incremental dump: what is known so far. Without it nothing is tracked.
+    pub incremental: Option<Incremental>,
     /// Free bytes of the store; asked before anything is stopped.
     pub free_bytes: u64,
     /// Told of the progress: bytes done, bytes in all.
@@ -50,6 +53,8 @@ pub struct DumpReport {
     pub memory_bytes: u64,
     /// What the snapshot took.
     pub account: Account,
+    /// What became of an incremental dump.
+    pub incremental: Option<track::Outcome>,
     /// What the person who dumps should know.
     pub warnings: Vec<String>,
     /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
@@ -78,25 +83,42 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 /// # Errors
 /// In each case the job runs on as before.
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
-    let DumpRequest { info, dir, compression, engine, stop, free_bytes, progress } = request;
+    let DumpRequest { mut info, dir, compression, engine, stop, incremental, free_bytes, progress } = request;
+    info.tracked.extend(incremental.iter().flat_map(|i| i.tracking.watched()));
     let found = discover::discover(&info)?;
     let engine = engine.prepare(&found.job)?;
     found.check_room(engine.as_ref(), compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
-    let writer = write::start(dir, compression)?;
+    let mut tracker = match incremental {
+        Some(start) => Some(Tracker::begin(&mut info, &found.job, start)?),
+        None => None,
+    };
+    let writer = write::start(dir, compression, tracker.as_mut())?;
     barrier::prepare(&found.job);
     let started = Instant::now();
     let mut frozen = freeze::freeze(&info)?;
     frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
-    let collected = collect::collect(&mut frozen, &mut warnings)?;
-    let mut snapshot = snapshot::take(engine, &mut frozen, &collected)?;
+    let mut collected = collect::collect(&mut frozen, &mut warnings)?;
+    let mut snapshot = snapshot::take(engine, tracker.as_mut(), &mut frozen, &mut collected)?;
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
     let pause = started.elapsed();
     let shared_bytes: u64 = collected.sources.iter().filter(|s| s.is_file()).map(Source::bytes).sum();
     let memory_bytes = found.memory_bytes + shared_bytes;
+    let same = tracker.as_ref().map_or(&[][..], Tracker::same);
     let (summary, account) =
-        write::write(writer, collected, snapshot.as_mut(), &mut |n| progress(n, memory_bytes))?;
-    Ok(DumpReport { summary, pause, processes, threads, memory_bytes, account, warnings, frozen })
+        write::write(writer, collected, snapshot.as_mut(), same, &mut |n| progress(n, memory_bytes))?;
+    let incremental = tracker.map(Tracker::finish);
+    Ok(DumpReport {
+        summary,
+        pause,
+        processes,
+        threads,
+        memory_bytes,
+        account,
+        incremental,
+        warnings,
+        frozen,
+    })
 }

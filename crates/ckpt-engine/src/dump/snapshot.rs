@@ -5,15 +5,20 @@ use super::freeze::FrozenJob;
 use crate::error::DumpError;
 use crate::resource::Collected;
 use crate::snapshot::{Prepared, Snapshot};
+use crate::track::Tracker;
 
-/// Takes the snapshot.
+/// Takes the snapshot, of an incremental dump through the tracker.
 ///
 /// # Errors
 /// Those of the engine.
 pub fn take(
     engine: Box<dyn Prepared>,
+    tracker: Option<&mut Tracker>,
     frozen: &mut FrozenJob,
-    collected: &Collected,
+    collected: &mut Collected,
 ) -> Result<Box<dyn Snapshot>, DumpError> {
-    engine.snapshot(frozen, collected)
+    match tracker {
+        Some(tracker) => tracker.snapshot(engine, frozen, collected),
+        None => engine.snapshot(frozen, collected),
+    }
 }

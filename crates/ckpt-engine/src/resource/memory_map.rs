@@ -10,7 +10,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::FileStat;
 use crate::model::memory::Vma;
-use crate::model::process::Process;
+use crate::model::process::{Process, ProcessId};
 use crate::restore::build_tree::{Build, open_call};
 use crate::restore::plan::VDSO_ROOM;
 use crate::snapshot::{From, Pages, Range, Source};
@@ -145,7 +145,7 @@ pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
 /// Flags that need nothing, or are restored by other means than madvise.
 const KNOWN_FLAGS: &[&str] = &[
     "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "ar", "sf", "mm",
-    "nl",
+    "nl", "uw",
 ];
 
 /// Flags that madvise(2) sets.
@@ -201,7 +201,7 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
             format!("{named} is hugetlb memory"),
             "not supported; use transparent huge pages",
         );
-    } else if v.has("um") || v.has("uw") || v.has("ui") {
+    } else if v.has("um") || v.has("ui") || v.has("uw") && !job.info.tracked.contains(&ProcessId::of(p)) {
         refusals.process(p.pid, format!("{named} is watched by userfaultfd"), "not supported");
     } else if v.protection_key != 0 {
         refusals.process(p.pid, format!("{named} has a protection key"), "not supported");

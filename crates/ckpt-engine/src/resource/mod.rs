@@ -31,6 +31,7 @@ use crate::model::file::OpenFile;
 use crate::model::process::{Process, Task};
 use crate::restore::build_tree::Build;
 use crate::snapshot::{From, Piece, Snapshot, Source};
+use crate::track::Same;
 use ckpt_image::codec::{self, Decode, Encode};
 use ckpt_image::{Record, Writer, ZeroPages};
 use ckpt_sys::inject::Live;
@@ -187,6 +188,8 @@ pub struct Content<'a> {
     pub snapshot: &'a mut dyn Snapshot,
     /// All sources that were snapshotted.
     pub sources: &'a [Source],
+    /// By source: pages that are those of the parent.
+    pub same: &'a [Vec<Same>],
     /// Records that were left for now.
     pub deferred: &'a [Deferred],
     /// Where pages have been stored so far.
@@ -238,6 +241,11 @@ impl Content<'_> {
                 progress(bytes);
                 Ok(())
             })?;
+            for s in self.same.get(index).into_iter().flatten() {
+                self.writer.same(object, s.offset, s.bytes, s.parent_object)?;
+                self.stored.add(source, s.offset);
+                (self.progress)(s.bytes);
+            }
         }
         Ok(())
     }
