@@ -2,6 +2,7 @@
 //! The command line. The texts here are the manual: `ckpt help COMMAND` shows them.
 
 use std::ffi::OsString;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use ckpt_job::JobName;
@@ -158,9 +159,32 @@ pub struct DumpArgs {
     #[arg(long, value_enum, default_value_t = Compression::None, value_name = "METHOD")]
     pub compress: Compression,
 
+    /// How memory is kept while it is written: see `ckpt doctor` for what this host allows.
+    #[arg(long, value_enum, default_value_t = EngineChoice::Auto, value_name = "ENGINE")]
+    pub engine: EngineChoice,
+
+    /// Write no more than this many bytes a second (K, M, G: times 1024), on average.
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub io_limit: Option<NonZeroU64>,
+
+    /// Give the dump up when the job has written to more than this many bytes of its memory (K, M, G: times 1024) while
+    /// the checkpoint was being written: so much is held twice. The job goes on.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub duplicate_limit: Option<NonZeroU64>,
+
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EngineChoice {
+    /// The one that keeps the job still for the shortest time.
+    Auto,
+    /// Fork each process and read the copy while the job goes on; what cannot be kept that way is copied.
+    Cow,
+    /// Copy everything into ckpt's own memory while the job stands still.
+    Copy,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -374,6 +398,21 @@ pub struct DoctorArgs {
     pub json: bool,
 }
 
+/// A number of bytes: 100000, 64K, 10M, 2G.
+fn parse_size(text: &str) -> Result<NonZeroU64, String> {
+    let (digits, shift) = match text.trim_end_matches(['K', 'M', 'G', 'k', 'm', 'g']) {
+        digits if digits.len() + 1 < text.len() => ("", 0),
+        digits => match text[digits.len()..].to_ascii_uppercase().as_str() {
+            "K" => (digits, 10),
+            "M" => (digits, 20),
+            "G" => (digits, 30),
+            _ => (digits, 0),
+        },
+    };
+    let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift)).and_then(NonZeroU64::new);
+    bytes.ok_or_else(|| "give a number of bytes above 0, such as 500000, 64K, 10M or 2G".to_owned())
+}
+
 /// A signal by name or number.
 fn parse_signal(text: &str) -> Result<u8, String> {
     if let Ok(number) = text.parse::<u8>() {
@@ -433,6 +472,16 @@ mod tests {
         }
         for text in ["", "FOO", "65", "RTMIN+40", "-9"] {
             assert!(parse_signal(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("1", 1), ("64K", 65536), ("10m", 10 << 20), ("2G", 2 << 30)] {
+            assert_eq!(parse_size(text).map(NonZeroU64::get), Ok(bytes), "{text}");
+        }
+        for text in ["", "0", "K", "1KK", "-1", "1.5G", "1T", "99999999999G"] {
+            assert!(parse_size(text).is_err(), "{text}");
         }
     }
 

@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `ckpt dump`: save all of a job. This process is the dumper: whatever kills it leaves the job running.
 
+use std::num::NonZeroU64;
+
 use anyhow::{Context as _, Result};
-use ckpt_engine::dump::{DumpRequest, dump};
+use ckpt_engine::dump::{DumpRequest, Phases, dump};
 use ckpt_engine::error::DumpError;
 use ckpt_engine::snapshot::Engine;
 use ckpt_engine::snapshot::copy::Copy;
+use ckpt_engine::snapshot::cow::Cow;
 use ckpt_engine::track;
 use ckpt_image::store::{Claim, Store, free_bytes};
 use ckpt_image::{Compression, WriteError};
 
-use crate::args::{self, DumpArgs};
+use crate::args::{self, DumpArgs, EngineChoice};
 use crate::commands::{incremental, job_info, store_directory};
 use crate::exit_code::ExitCode;
 use crate::report::Report;
@@ -29,6 +32,10 @@ struct Outcome<'a> {
     parent: Option<String>,
     #[serde(flatten)]
     incremental: Option<Changes<'a>>,
+    engine_reasons: &'a [String],
+    held_bytes: u64,
+    duplicated_bytes: u64,
+    phases_ns: Phases,
     warnings: &'a [String],
 }
 
@@ -65,7 +72,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             store.claim(name.as_str())?
         }
     };
-    let engine = engine();
+    let engine = engine(args);
     let outcome = dump(DumpRequest {
         info,
         dir: claim.dir(),
@@ -74,9 +81,10 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             args::Compression::Lz4 => Compression::Lz4,
             args::Compression::Zstd => Compression::Zstd,
         },
-        engine,
+        engine: engine.as_ref(),
         stop: args.stop,
         incremental,
+        io_limit: args.io_limit,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {
             report.progress(&format!("{name}: {} of {} MiB", done >> 20, all >> 20));
@@ -123,6 +131,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     for w in &outcome.warnings {
         report.warning(w);
     }
+    let account = &outcome.account;
     if args.json {
         report.print_json(&Outcome {
             checkpoint: &checkpoint,
@@ -132,7 +141,11 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             processes: outcome.processes,
             threads: outcome.threads,
             memory_bytes: outcome.memory_bytes,
-            engine: outcome.account.engine,
+            engine: account.engine,
+            engine_reasons: &account.reasons,
+            held_bytes: account.held_bytes,
+            duplicated_bytes: account.duplicated_bytes,
+            phases_ns: outcome.phases,
             parent,
             incremental: args.incremental.then_some(Changes {
                 dirty_pages: counts.0,
@@ -145,9 +158,14 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     } else {
         let pause = outcome.pause.as_secs_f64() * 1000.0;
         let (processes, threads) = (outcome.processes, outcome.threads);
+        let mib = |bytes: u64| bytes as f64 / 1_048_576.0;
         report.print(&format!(
-            "{checkpoint}: {:.1} MiB, {processes} processes, {threads} threads, stood still for {pause:.1} ms",
-            bytes as f64 / 1_048_576.0
+            "{checkpoint}: {:.1} MiB, {processes} processes, {threads} threads, stood still for {pause:.1} ms\n\
+             engine {}: {:.1} MiB copied while it stood still, {:.1} MiB duplicated since",
+            mib(bytes),
+            account.engine,
+            mib(account.held_bytes),
+            mib(account.duplicated_bytes)
         ));
         if let Some(parent) = parent {
             let (dirty, same) = counts;
@@ -157,22 +175,24 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             report.print(&format!("a full checkpoint: {why}"));
         }
         said.iter().for_each(|line| report.note(line));
+        account.reasons.iter().for_each(|reason| report.print(&format!("  {reason}")));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-#[cfg(not(feature = "test-hooks"))]
-fn engine() -> &'static dyn Engine {
-    &Copy
-}
-
-/// Tests may choose the second engine, which keeps the seam honest.
-#[cfg(feature = "test-hooks")]
-fn engine() -> &'static dyn Engine {
+fn engine(args: &DumpArgs) -> Box<dyn Engine> {
+    // Tests may choose an engine that shares nothing with the others but the seam, and keeps that honest.
+    #[cfg(feature = "test-hooks")]
     if std::env::var_os("CKPT_TEST_ENGINE").is_some_and(|v| v == "spill") {
-        return &ckpt_engine::snapshot::spill::Spill;
+        return Box::new(ckpt_engine::snapshot::spill::Spill);
     }
-    &Copy
+    match args.engine {
+        EngineChoice::Auto | EngineChoice::Cow => {
+            let duplicate_limit_bytes = args.duplicate_limit.map(NonZeroU64::get);
+            Box::new(Cow { duplicate_limit_bytes })
+        }
+        EngineChoice::Copy => Box::new(Copy),
+    }
 }
 
 /// The exit code for a failed dump.

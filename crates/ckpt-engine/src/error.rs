@@ -121,6 +121,38 @@ pub enum DumpError {
         /// Bytes available.
         available_bytes: u64,
     },
+    /// A frozen copy is gone.
+    #[error(
+        "the frozen copy of pid {pid} was killed before all of it was written, by the OOM killer or by somebody else; the \
+         job runs on. Dump again; with --engine copy the job stands still for longer, but nothing of it can be lost"
+    )]
+    CopyLost {
+        /// The process, as it sees itself.
+        pid: i32,
+    },
+    /// The frozen copies were given up for lack of memory.
+    #[error(
+        "the dump was given up before the job was short of memory: the limit of {group} left only {free_bytes} bytes; the \
+         job runs on. Raise the limit, dump to a faster store, or dump with --engine copy"
+    )]
+    MemoryLimit {
+        /// Directory of the control group.
+        group: PathBuf,
+        /// Bytes up to its limit.
+        free_bytes: u64,
+    },
+    /// The frozen copies were given up because the job had written too much.
+    #[error(
+        "the dump was given up: the job has written to {bytes} bytes of its memory since it was frozen, and \
+         --duplicate-limit allows {limit_bytes}; the job runs on. Raise the limit, dump to a faster store or when the job \
+         writes less, or dump with --engine copy"
+    )]
+    Duplicated {
+        /// Bytes that were held twice.
+        bytes: u64,
+        /// Bytes allowed.
+        limit_bytes: u64,
+    },
     /// Too little room in the store.
     #[error("the checkpoint needs about {needed_bytes} bytes, {path} has {available_bytes} bytes free")]
     Space {

@@ -186,19 +186,9 @@ impl Live {
         let r = arch::with_syscall(&self.saved, self.padding.start, nr, args);
         ptrace::set_registers(pid, &r).map_err(err("set registers"))?;
         for _ in 0..2 {
-            ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
-            loop {
-                match ptrace::wait(pid).map_err(err("wait"))? {
-                    Stop::Syscall => break,
-                    // A group stop that is in effect reports once more when the task is resumed.
-                    Stop::Event { .. } => ptrace::cont_to_syscall(pid).map_err(err("continue"))?,
-                    // The one signal that can't be blocked and doesn't kill: it is sent again at the end.
-                    Stop::Signal(libc::SIGSTOP) => {
-                        self.stop_again = true;
-                        ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
-                    }
-                    stop => return Err(InjectError::UnexpectedStop { pid, stop }),
-                }
+            match self.step()? {
+                Stop::Syscall => {}
+                stop => return Err(InjectError::UnexpectedStop { pid, stop }),
             }
         }
         Ok(ptrace::registers(pid).map_err(err("get registers"))?.rax as i64)
@@ -214,6 +204,43 @@ impl Live {
             return Err(InjectError::Call { pid: self.pid, what, errno: Errno::from_raw(-n as i32) });
         }
         Ok(n as u64)
+    }
+
+    /// Steps to the next stop at the entry or exit of a system call, or at the event of a clone.
+    pub(crate) fn step(&mut self) -> Result<Stop, InjectError> {
+        let pid = self.pid;
+        let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
+        ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
+        self.stopped()
+    }
+
+    /// The stop that ends a step.
+    pub(crate) fn stopped(&mut self) -> Result<Stop, InjectError> {
+        let pid = self.pid;
+        let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
+        loop {
+            match ptrace::wait(pid).map_err(err("wait"))? {
+                stop @ (Stop::Syscall | Stop::Ptrace(libc::PTRACE_EVENT_CLONE)) => return Ok(stop),
+                // A group stop that is in effect reports once more when the task is resumed.
+                Stop::Event { .. } => ptrace::cont_to_syscall(pid).map_err(err("continue"))?,
+                // The one signal that can't be blocked and doesn't kill: it is sent again at the end.
+                Stop::Signal(libc::SIGSTOP) => {
+                    self.stop_again = true;
+                    ptrace::cont_to_syscall(pid).map_err(err("continue"))?;
+                }
+                stop => return Err(InjectError::UnexpectedStop { pid, stop }),
+            }
+        }
+    }
+
+    /// Registers with which the task makes a call by the `syscall` instruction at `at`.
+    pub(crate) fn registers_at(&self, at: u64, call: SystemCall) -> Registers {
+        arch::with_syscall(&self.saved, at, call.0, call.1)
+    }
+
+    /// Where its block is, and what is free behind it.
+    pub(crate) fn places(&self) -> (u64, Padding) {
+        (self.padding.start, self.padding.beside(self))
     }
 
     /// The scratch page's address; mapped at the first use, zero bytes then.

@@ -7,6 +7,7 @@ pub mod arch;
 pub mod area;
 pub mod clock;
 pub mod descriptor;
+pub mod frozen_copy;
 pub mod hook;
 pub mod inject;
 pub mod local_socket;

@@ -24,6 +24,10 @@ pub const BLANK_OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_TRACEVFORK
     | libc::PTRACE_O_EXITKILL;
 
+/// Options of the tasks that make and are the frozen copy of a process: they die with their tracer, and with them the
+/// tasks they make.
+pub const COPY_OPTIONS: i32 = libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_EXITKILL;
+
 fn request(request: u32, pid: Pid, addr: usize, data: usize) -> Result<i64> {
     crate::hook::point();
     // SAFETY: callers in this module pass, in `data`, either a plain number or the address of a live object of the
@@ -37,6 +41,14 @@ fn request(request: u32, pid: Pid, addr: usize, data: usize) -> Result<i64> {
 /// ESRCH if the task is gone, EPERM if it may not be traced or is traced already.
 pub fn seize(pid: Pid, options: i32) -> Result<()> {
     request(libc::PTRACE_SEIZE, pid, 0, options as usize).map(drop)
+}
+
+/// PTRACE_SETOPTIONS.
+///
+/// # Errors
+/// ESRCH if the task is not stopped.
+pub fn set_options(pid: Pid, options: i32) -> Result<()> {
+    request(libc::PTRACE_SETOPTIONS, pid, 0, options as usize).map(drop)
 }
 
 /// PTRACE_INTERRUPT. The stop is reported by [`wait`].

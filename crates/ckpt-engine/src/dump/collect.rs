@@ -90,7 +90,8 @@ pub(crate) fn no_place(pid: i32) -> DumpError {
     DumpError::Process { pid, what: "finding a free page in its address space".into(), source }
 }
 
-fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {
+/// Starts an injection into a frozen thread.
+pub(crate) fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {
     let missing = || DumpError::Process {
         pid: p.pid,
         what: format!("state of thread {}", t.tid),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Write: records and page contents, after the job has been resumed.
 
+use super::pace::Pace;
 use crate::error::DumpError;
 use crate::resource::{Collected, Content, Stored, in_order};
 use crate::snapshot::{Account, Snapshot};
@@ -38,6 +39,7 @@ pub fn write(
     collected: Collected,
     snapshot: &mut dyn Snapshot,
     same: &[Vec<Same>],
+    pace: &Pace,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(Summary, Account), DumpError> {
     for r in &collected.records {
@@ -58,6 +60,7 @@ pub fn write(
             deferred: &collected.deferred,
             stored: &mut stored,
             writer: &mut writer,
+            pace,
             progress: &mut advance,
         };
         r.content(&mut cx)?;

@@ -60,10 +60,14 @@ impl Resource for AttributeResource {
         let (_, reaper) = live.query::<4>(libc::SYS_prctl, |at| [option, at, 0, 0, 0, 0])?;
         let personality =
             live.call("personality", libc::SYS_personality, [0xffff_ffff, 0, 0, 0, 0, 0])? as u32;
+        let subreaper = i32::from_le_bytes(reaper) != 0;
+        if subreaper {
+            cx.out.subreapers.insert(p.pid);
+        }
         let record = AttributeRecord {
             personality,
             dumpable,
-            subreaper: i32::from_le_bytes(reaper) != 0,
+            subreaper,
             thp_disabled,
             oom_score_adj: oom.trim().parse().unwrap_or(0),
         };

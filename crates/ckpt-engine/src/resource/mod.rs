@@ -24,6 +24,7 @@ pub mod sysv_semaphore;
 pub mod thread;
 pub mod timer;
 
+use crate::dump::pace::Pace;
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
@@ -73,6 +74,8 @@ pub struct Collected {
     pub deferred: Vec<Deferred>,
     /// Shared objects by device and inode.
     pub objects: std::collections::BTreeMap<(u64, u64), u64>,
+    /// Pids of processes that adopt orphans (PR_SET_CHILD_SUBREAPER).
+    pub subreapers: std::collections::BTreeSet<i32>,
     next_object: u64,
 }
 
@@ -196,6 +199,8 @@ pub struct Content<'a> {
     pub stored: &'a mut Stored,
     /// The image.
     pub writer: &'a mut Writer,
+    /// How fast it may grow.
+    pub pace: &'a Pace,
     /// Bytes done so far, and what to do when they grow.
     pub progress: &'a mut dyn FnMut(u64),
 }
@@ -220,6 +225,7 @@ impl Content<'_> {
         for (index, source) in self.sources.iter().enumerate().filter(|(_, s)| s.kind == kind) {
             let (object, zeros) = (source.object, source.zeros);
             let (writer, stored, progress) = (&mut *self.writer, &mut *self.stored, &mut *self.progress);
+            let pace = self.pace;
             self.snapshot.stream(index, source, &mut |piece| {
                 ckpt_sys::hook::point();
                 let (offset, bytes) = match piece {
@@ -239,6 +245,7 @@ impl Content<'_> {
                 };
                 stored.add(source, offset);
                 progress(bytes);
+                pace.wait(writer.bytes_written());
                 Ok(())
             })?;
             for s in self.same.get(index).into_iter().flatten() {

@@ -35,7 +35,7 @@ impl Engine for Copy {
         NAME
     }
 
-    fn prepare(&self, job: &Job) -> Result<Box<dyn Prepared>, DumpError> {
+    fn prepare(&self, job: &Job, _: bool) -> Result<Box<dyn Prepared>, DumpError> {
         Ok(Box::new(Ready { needs_bytes: private_bytes(job) }))
     }
 }

@@ -6,6 +6,9 @@
 //! for a frozen copy after the job has been resumed.
 
 pub mod copy;
+pub mod cow;
+mod guard;
+mod memory_limit;
 pub mod pages;
 #[cfg(feature = "test-hooks")]
 pub mod spill;
@@ -108,11 +111,12 @@ pub type Sink<'a> = dyn FnMut(Piece<'_>) -> Result<(), DumpError> + 'a;
 pub trait Engine {
     /// Its name, as users give it.
     fn name(&self) -> &'static str;
-    /// Looks at the running job and decides what it will do with it.
+    /// Looks at the running job and decides what it will do with it. `stays_frozen`: it will not be resumed before the
+    /// snapshot has been written.
     ///
     /// # Errors
     /// Any error ends the dump before anything is stopped.
-    fn prepare(&self, job: &Job) -> Result<Box<dyn Prepared>, DumpError>;
+    fn prepare(&self, job: &Job, stays_frozen: bool) -> Result<Box<dyn Prepared>, DumpError>;
 }
 
 /// An engine that has looked at the running job.

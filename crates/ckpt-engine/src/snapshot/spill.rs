@@ -33,7 +33,7 @@ impl Engine for Spill {
         "spill"
     }
 
-    fn prepare(&self, _: &Job) -> Result<Box<dyn Prepared>, DumpError> {
+    fn prepare(&self, _: &Job, _: bool) -> Result<Box<dyn Prepared>, DumpError> {
         Ok(Box::new(Spill))
     }
 }

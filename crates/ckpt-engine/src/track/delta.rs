@@ -202,7 +202,7 @@ pub(super) fn snapshot(
         left.push(Source { kind: source.kind, object: source.object, zeros: source.zeros, from });
     }
     t.same = plans.into_iter().map(|p| p.map_or_else(Vec::new, |p| p.same)).collect();
-    let engine = if few { Copy.prepare(&frozen.job)? } else { engine };
+    let engine = if few { Copy.prepare(&frozen.job, true)? } else { engine };
     let all = std::mem::replace(&mut collected.sources, left);
     let inner = engine.snapshot(frozen, collected);
     let left = std::mem::replace(&mut collected.sources, all);

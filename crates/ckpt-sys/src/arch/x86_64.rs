@@ -274,7 +274,68 @@ global_asm!(
     ".popsection",
 );
 
+// Makes a frozen copy of a live process that it never sees: clones a helper with the same memory, which leaves session
+// and descriptors, takes a name, forks the copy and exits; the task waits for the helper and goes on in its
+// self-finishing block. The copy is adopted by the job's init. It is traced from its first moment on; without a tracer
+// all it does is to exit. Nothing here uses a stack. The helper's exit code is the errno of its fork.
+global_asm!(
+    ".pushsection .rodata.ckpt_fork, \"a\", @progbits",
+    ".globl ckpt_fork_start",
+    ".globl ckpt_fork_data",
+    ".globl ckpt_fork_end",
+    ".balign 8",
+    "ckpt_fork_start:",
+    "syscall",
+    "test rax, rax",
+    "js 3f",
+    "jz 4f",
+    "mov rdi, rax",
+    "xor esi, esi",
+    "mov edx, 0x40000000",
+    "xor r10d, r10d",
+    "mov eax, 61",
+    "syscall",
+    "3: jmp qword ptr [rip + ckpt_fork_data]",
+    "4: mov eax, 112",
+    "syscall",
+    "xor edi, edi",
+    "mov esi, 0xffffffff",
+    "mov edx, 2",
+    "mov eax, 436",
+    "syscall",
+    "mov edi, 15",
+    "lea rsi, [rip + ckpt_fork_data + 8]",
+    "mov eax, 157",
+    "syscall",
+    "xor edi, edi",
+    "xor esi, esi",
+    "xor edx, edx",
+    "xor r10d, r10d",
+    "xor r8d, r8d",
+    "mov eax, 56",
+    "syscall",
+    "test rax, rax",
+    "jz 5f",
+    "xor edi, edi",
+    "neg rax",
+    "cmovns edi, eax",
+    "mov eax, 60",
+    "syscall",
+    "5: xor edi, edi",
+    "mov eax, 231",
+    "syscall",
+    ".balign 8",
+    "ckpt_fork_data:",
+    ".quad 0",
+    ".asciz \"ckpt-copy\"",
+    "ckpt_fork_end:",
+    ".popsection",
+);
+
 unsafe extern "C" {
+    static ckpt_fork_start: u8;
+    static ckpt_fork_data: u8;
+    static ckpt_fork_end: u8;
     static ckpt_write_start: u8;
     static ckpt_write_data: u8;
     static ckpt_write_end: u8;
@@ -293,6 +354,27 @@ pub fn blank_code() -> &'static [u8] {
         std::slice::from_raw_parts(start, (&raw const ckpt_blank_end).offset_from(start) as usize)
     }
 }
+
+/// The code that makes a frozen copy, for a task whose self-finishing block is at `block`; its first instruction is a
+/// `syscall`, which must be [`FORK_CALL`].
+pub fn fork_code(block: u64) -> Vec<u8> {
+    // SAFETY: the three symbols bound the one read-only section defined above, in this order.
+    let (code, data) = unsafe {
+        let start = &raw const ckpt_fork_start;
+        let end = &raw const ckpt_fork_end;
+        let data = &raw const ckpt_fork_data;
+        (std::slice::from_raw_parts(start, end.offset_from(start) as usize), data.offset_from(start) as usize)
+    };
+    let mut code = code.to_vec();
+    // Behind the block's own `syscall`.
+    code[data..data + 8].copy_from_slice(&(block + SYSCALL_INSN_BYTES).to_le_bytes());
+    code
+}
+
+/// The call that makes the helper of [`fork_code`]. It shares the descriptor table until it leaves it, so that none is
+/// copied.
+pub const FORK_CALL: (i64, [u64; 6]) =
+    (libc::SYS_clone, [(libc::CLONE_VM | libc::CLONE_FILES) as u64, 0, 0, 0, 0, 0]);
 
 /// What the self-finishing block puts back.
 #[derive(Debug, Clone, Copy)]

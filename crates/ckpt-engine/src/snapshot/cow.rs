@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The `cow` engine: every process is forked while it is frozen, and its memory read from the copy when the job runs
+//! again ([`ckpt_sys::frozen_copy`]). See docs/adr/0008-copy-on-write-by-fork.md.
+//!
+//! What a fork does not keep (shared memory, MADV_DONTFORK, MADV_WIPEONFORK) is copied while the job is frozen, and so are
+//! processes that can't be forked unseen.
+
+use super::copy::{Pieces, keep};
+use super::guard::Guard;
+use super::memory_limit::{Limits, Room};
+use super::{Account, Engine, From, Piece, Prepared, Range, Sink, Snapshot, Source, pages, read_source};
+use crate::dump::collect;
+use crate::dump::freeze::FrozenJob;
+use crate::error::DumpError;
+use crate::model::Job;
+use crate::model::process::Process;
+use crate::resource::Collected;
+use crate::resource::process::is_filtered;
+use ckpt_sys::frozen_copy::{CopyProcess, Fork, Forked};
+use ckpt_sys::inject::{InjectError, Live};
+use ckpt_sys::memory::Forced;
+use ckpt_sys::{Errno, arch};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+/// Its name.
+pub const NAME: &str = "cow";
+const PIECE_BYTES: usize = 1 << 20;
+
+/// The engine.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cow {
+    /// Most bytes that may be duplicated; then the dump is given up.
+    pub duplicate_limit_bytes: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Ready {
+    /// Why a process is not forked, by pid.
+    obstacles: BTreeMap<i32, String>,
+    needs_bytes: u64,
+    duplicate_limit_bytes: Option<u64>,
+}
+
+impl Engine for Cow {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn prepare(&self, job: &Job, stays_frozen: bool) -> Result<Box<dyn Prepared>, DumpError> {
+        if stays_frozen {
+            return Ok(Box::new(Still));
+        }
+        let mut obstacles = BTreeMap::new();
+        if is_strict(&std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap_or_default()) {
+            let why = "memory is not overcommitted here (vm.overcommit_memory is 2): a fork would take what the job may \
+                       want to allocate";
+            obstacles.extend(job.live().map(|p| (p.pid, why.to_owned())));
+        }
+        let mut page_tables: BTreeMap<PathBuf, u64> = BTreeMap::new();
+        for p in job.live() {
+            if is_filtered(p) {
+                obstacles.insert(p.pid, "it runs under a seccomp filter".into());
+            } else if let Some(room) = Limits::of(p.host).room() {
+                let needed = page_tables.entry(room.group.clone()).or_default();
+                *needed += fork_bytes(p);
+                if let Some(why) = too_tight(&room, *needed) {
+                    obstacles.insert(p.pid, why);
+                }
+            }
+        }
+        let copied = job.live().filter(|p| obstacles.contains_key(&p.pid));
+        let needs_bytes = copied.flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum();
+        Ok(Box::new(Ready { obstacles, needs_bytes, duplicate_limit_bytes: self.duplicate_limit_bytes }))
+    }
+}
+
+/// Strict accounting, by what /proc/sys/vm/overcommit_memory says.
+fn is_strict(overcommit: &str) -> bool {
+    overcommit.trim() == "2"
+}
+
+/// Bytes of kernel memory that a fork takes at once, charged to the process's control group.
+fn fork_bytes(p: &Process) -> u64 {
+    const VMA_BYTES: u64 = 256;
+    const TASK_BYTES: u64 = 64 << 10;
+    p.status.vmpte.unwrap_or(0) * 1024 + p.vmas.len() as u64 * VMA_BYTES + TASK_BYTES
+}
+
+fn too_tight(room: &Room, needed_bytes: u64) -> Option<String> {
+    (room.free_bytes < needed_bytes + room.reserve_bytes).then(|| {
+        format!(
+            "the memory limit of {} leaves {} KiB, too little to fork it",
+            room.group.display(),
+            room.free_bytes / 1024
+        )
+    })
+}
+
+/// Why a fork of a frozen process would be seen by the job.
+fn seen_by(p: &Process, job: &Job, subreapers: &BTreeSet<i32>) -> Option<String> {
+    let mut at = Some(p);
+    while let Some(q) = at {
+        if subreapers.contains(&q.pid) {
+            return Some(format!("process {} adopts orphans (PR_SET_CHILD_SUBREAPER)", q.pid));
+        }
+        at = job.process(q.ppid);
+    }
+    None
+}
+
+/// What kept parts of the job from being forked.
+#[derive(Debug, Default)]
+struct Reasons {
+    processes: BTreeMap<i32, String>,
+    /// Bytes by pid and cause.
+    ranges: BTreeMap<(i32, &'static str), u64>,
+}
+
+impl Reasons {
+    fn into_texts(self) -> Vec<String> {
+        let processes = self
+            .processes
+            .iter()
+            .map(|(pid, why)| format!("pid {pid} was copied while it stood still: {why}"));
+        let ranges = self.ranges.iter().map(|((pid, why), bytes)| {
+            format!("pid {pid}: {} KiB of {why} memory were copied while it stood still", bytes / 1024)
+        });
+        processes.chain(ranges).collect()
+    }
+}
+
+/// A fork under way.
+struct Pending {
+    pid: i32,
+    /// None: the injection that keeps the process dumpable is used.
+    live: Option<Live>,
+    memory: Forced,
+    fork: Fork,
+}
+
+fn refused(errno: Errno) -> String {
+    match errno {
+        Errno::EAGAIN => "fork: no more processes are allowed (RLIMIT_NPROC, pids.max)".into(),
+        Errno::ENOMEM => "fork: not enough memory (ENOMEM)".into(),
+        e => format!("fork: {e}"),
+    }
+}
+
+/// Forks all processes of which something is to be saved: starts all, then waits for all.
+fn fork_all(
+    frozen: &mut FrozenJob,
+    collected: &Collected,
+    obstacles: &BTreeMap<i32, String>,
+    reasons: &mut Reasons,
+) -> Result<BTreeMap<i32, CopyProcess>, DumpError> {
+    let FrozenJob { job, opened, .. } = frozen;
+    let job = &*job;
+    let mut pending = Vec::new();
+    for p in job.live() {
+        let leader = p.threads.first().and_then(|t| t.frozen.as_ref());
+        let compat = leader.is_none_or(|f| arch::is_compat(&f.registers));
+        let why = match obstacles.get(&p.pid) {
+            Some(why) => Some(why.clone()),
+            None if compat => Some("its main thread runs 32-bit code".into()),
+            None => seen_by(p, job, &collected.subreapers),
+        };
+        if let Some(why) = why {
+            reasons.processes.insert(p.pid, why);
+            continue;
+        }
+        let _beside = ckpt_sys::task::Beside::task(p.host);
+        let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
+        let mut live = match opened.has(p.pid) {
+            true => None,
+            false => Some(collect::open(p, &p.threads[0], &memory, collect::padding_of(p)?)?),
+        };
+        let Some(task) = live.as_mut().or_else(|| opened.get(p.pid).map(|o| &mut o.live)) else { continue };
+        let started = match Fork::start(task, &memory) {
+            Ok(Ok(fork)) => Ok(fork),
+            Ok(Err(errno)) => Err(refused(errno)),
+            Err(InjectError::NoRoom { .. }) => Err("there is no room for the code behind its vDSO".into()),
+            Err(e) => return Err(e.into()),
+        };
+        match started {
+            Ok(fork) => pending.push(Pending { pid: p.pid, live, memory, fork }),
+            Err(why) => {
+                reasons.processes.insert(p.pid, why);
+                live.map_or(Ok(()), |l| l.close(&memory))?;
+            }
+        }
+    }
+    let mut copies = BTreeMap::new();
+    for Pending { pid, mut live, memory, fork } in pending {
+        let Some(task) = live.as_mut().or_else(|| opened.get(pid).map(|o| &mut o.live)) else { continue };
+        let _beside = ckpt_sys::task::Beside::task(task.pid());
+        match fork.finish(task, &memory)? {
+            Forked::Copy(copy) => {
+                // Where memory runs out, it goes first.
+                std::fs::write(format!("/proc/{}/oom_score_adj", copy.pid()), "1000")
+                    .map_err(DumpError::process(pid, "writing oom_score_adj of its frozen copy"))?;
+                copies.insert(pid, copy);
+            }
+            Forked::Refused(errno) => {
+                reasons.processes.insert(pid, refused(errno));
+            }
+        }
+        live.map_or(Ok(()), |l| l.close(&memory))?;
+    }
+    Ok(copies)
+}
+
+/// A part of a source.
+#[derive(Debug)]
+enum Part {
+    /// Copied while the job was frozen.
+    Held(Pieces),
+    /// In the copy of the process.
+    Forked(i32, Vec<Range>),
+}
+
+impl Prepared for Ready {
+    fn needs_bytes(&self) -> u64 {
+        self.needs_bytes
+    }
+
+    fn snapshot(
+        self: Box<Self>,
+        frozen: &mut FrozenJob,
+        collected: &Collected,
+    ) -> Result<Box<dyn Snapshot>, DumpError> {
+        let mut reasons = Reasons::default();
+        let copies = fork_all(frozen, collected, &self.obstacles, &mut reasons)?;
+        let (mut parts, mut held_bytes) = (Vec::with_capacity(collected.sources.len()), 0);
+        for source in &collected.sources {
+            parts.push(hold(source, &copies, &mut reasons, &mut held_bytes)?);
+        }
+        let guard = Guard::new(&copies, self.duplicate_limit_bytes);
+        let engine = if copies.is_empty() { super::copy::NAME } else { NAME };
+        let account = Account { engine, reasons: reasons.into_texts(), held_bytes, duplicated_bytes: 0 };
+        Ok(Box::new(Copies { parts, account, guard, copies, reader: None, settled: false }))
+    }
+}
+
+/// Copies what the forks don't keep of a source.
+fn hold(
+    source: &Source,
+    copies: &BTreeMap<i32, CopyProcess>,
+    reasons: &mut Reasons,
+    held_bytes: &mut u64,
+) -> Result<Vec<Part>, DumpError> {
+    let mut pieces = Pieces::new();
+    let mut parts = Vec::new();
+    let From::Process { host, pid, ranges } = &source.from else {
+        read_source(source, PIECE_BYTES, &mut |piece| {
+            keep(&mut pieces, source, piece);
+            Ok(())
+        })?;
+        *held_bytes += bytes_of(&pieces);
+        return Ok(vec![Part::Held(pieces)]);
+    };
+    let forked = copies.contains_key(pid);
+    let mut reader = None;
+    for r in ranges {
+        if forked && r.lost_in_fork.is_none() {
+            match parts.last_mut() {
+                Some(Part::Forked(_, list)) => list.push(*r),
+                _ => parts.push(Part::Forked(*pid, vec![*r])),
+            }
+            continue;
+        }
+        let reader = match &mut reader {
+            Some(r) => r,
+            none => none.insert(pages::Reader::open(*host, *pid)?),
+        };
+        reader.read_range(r, PIECE_BYTES, &mut |piece| {
+            keep(&mut pieces, source, piece);
+            Ok(())
+        })?;
+        let bytes = bytes_of(&pieces);
+        if bytes > 0 {
+            if let (Some(why), true) = (r.lost_in_fork, forked) {
+                *reasons.ranges.entry((*pid, why)).or_default() += bytes;
+            }
+            *held_bytes += bytes;
+            parts.push(Part::Held(std::mem::take(&mut pieces)));
+        }
+    }
+    Ok(parts)
+}
+
+fn bytes_of(pieces: &Pieces) -> u64 {
+    pieces.iter().map(|(_, d)| d.len() as u64).sum()
+}
+
+/// Frozen copies, and what they don't have.
+struct Copies {
+    parts: Vec<Vec<Part>>,
+    account: Account,
+    /// Before the copies: it must not kill by a pid that is no longer theirs.
+    guard: Guard,
+    copies: BTreeMap<i32, CopyProcess>,
+    reader: Option<(i32, pages::Reader)>,
+    settled: bool,
+}
+
+impl Copies {
+    /// Why a copy is not what it was.
+    fn check(&self) -> Result<(), DumpError> {
+        match self.copies.iter().find(|(_, c)| !c.is_whole()) {
+            None => Ok(()),
+            Some((pid, _)) => Err(self.guard.verdict().unwrap_or(DumpError::CopyLost { pid: *pid })),
+        }
+    }
+
+    fn stream_forked(&mut self, pid: i32, ranges: &[Range], sink: &mut Sink<'_>) -> Result<(), DumpError> {
+        let Some(copy) = self.copies.get(&pid) else { return Err(DumpError::CopyLost { pid }) };
+        let reader = match &mut self.reader {
+            Some((of, reader)) if *of == pid => reader,
+            other => &mut other.insert((pid, pages::Reader::of_copy(copy.pid(), pid)?)).1,
+        };
+        ranges.iter().try_for_each(|r| reader.read_range(r, PIECE_BYTES, sink))
+    }
+}
+
+impl Snapshot for Copies {
+    fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+        if !self.settled {
+            for (pid, copy) in &self.copies {
+                copy.wait_for_stop().map_err(|_| DumpError::CopyLost { pid: *pid })?;
+            }
+            self.guard.start();
+            self.settled = true;
+        }
+        for part in std::mem::take(&mut self.parts[index]) {
+            match part {
+                // Memory is given back as it is written.
+                Part::Held(pieces) => {
+                    for (offset, data) in pieces {
+                        sink(Piece::Data(offset, &data))?;
+                    }
+                }
+                Part::Forked(pid, ranges) => {
+                    let done = self.stream_forked(pid, &ranges, sink);
+                    // A copy that was killed is the cause of any other error.
+                    self.check()?;
+                    done?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<Account, DumpError> {
+        if self.settled {
+            self.check()?;
+        }
+        self.account.duplicated_bytes = self.guard.duplicated_bytes();
+        // What was duplicated may have been lost with a copy that ends at this moment.
+        if self.settled {
+            self.check()?;
+        }
+        self.guard.stop();
+        self.reader = None;
+        self.copies.clear();
+        Ok(std::mem::take(&mut self.account))
+    }
+}
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        self.guard.stop();
+    }
+}
+
+/// The snapshot of a job that stays frozen: its memory is read where it is.
+#[derive(Debug)]
+struct Still;
+
+impl Prepared for Still {
+    fn needs_bytes(&self) -> u64 {
+        0
+    }
+
+    fn snapshot(self: Box<Self>, _: &mut FrozenJob, _: &Collected) -> Result<Box<dyn Snapshot>, DumpError> {
+        Ok(self)
+    }
+}
+
+impl Snapshot for Still {
+    fn stream(&mut self, _: usize, source: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+        read_source(source, PIECE_BYTES, sink)
+    }
+
+    fn finish(&mut self) -> Result<Account, DumpError> {
+        let reasons = vec!["the job stays frozen until it ends: its memory is read where it is".to_owned()];
+        Ok(Account { engine: NAME, reasons, ..Account::default() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_strict_accounting_forbids_a_fork() {
+        assert!(is_strict("2\n"));
+        assert!(!is_strict("0\n") && !is_strict("1\n") && !is_strict(""));
+    }
+
+    #[test]
+    fn a_tight_limit_forbids_a_fork() {
+        let room = |free_bytes| Room { group: "/g".into(), free_bytes, reserve_bytes: 16 << 20 };
+        assert_eq!(too_tight(&room(20 << 20), 2 << 20), None);
+        assert!(too_tight(&room(17 << 20), 2 << 20).is_some());
+    }
+}
