@@ -2,12 +2,10 @@
 //! The second snapshot engine, which shares nothing with the first but the seam between them: guests restored from its
 //! images, and the same pages from both for a job that stands still.
 
-use std::{collections::BTreeMap, path::Path};
-
-use ckpt_image::{PAGE_SIZE, Reader};
 use ckpt_tests::{
-    Failure, Outcome,
+    Failure,
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    pages::{difference, pages_of},
     process::poll_until,
     proof::{self, dump_by, each_user, with_ready_job},
     user::Users,
@@ -34,23 +32,6 @@ by_second_engine! {
     deleted_file => Guest::new("file_deleted");
     workers => Guest::new("file_workers");
     threads => Guest::new("thread_registers");
-}
-
-/// The stored pages of every object, by (object, offset). Zero pages that are named count as pages.
-fn pages_of(image: &Path) -> Outcome<BTreeMap<(u64, u64), Vec<u8>>> {
-    let failure = |error: &dyn std::fmt::Display| Failure(format!("{}: {error}", image.display()));
-    let reader = Reader::open(image).map_err(|error| failure(&error))?;
-    let mut pages = BTreeMap::new();
-    let mut data = Vec::new();
-    for object in reader.objects() {
-        for run in object.runs {
-            reader.read_run(run, &mut data).map_err(|error| failure(&error))?;
-            for (index, page) in data.chunks(PAGE_SIZE).enumerate() {
-                pages.insert((object.object, run.offset + (index * PAGE_SIZE) as u64), page.to_vec());
-            }
-        }
-    }
-    Ok(pages)
 }
 
 #[test]
@@ -85,7 +66,7 @@ fn same_pages_from_both_engines() {
                     .keys()
                     .chain(spilled.keys().filter(|page| !copied.contains_key(page)))
                     .filter(|page| copied.get(page) != spilled.get(page))
-                    .map(|page| difference(*page, copied.get(page), spilled.get(page)))
+                    .map(|page| difference(*page, ("copy", copied.get(page)), ("spill", spilled.get(page))))
                     .collect();
                 if copied.len() < 10 || !differing.is_empty() {
                     return Err(Failure(format!(
@@ -107,22 +88,4 @@ fn same_pages_from_both_engines() {
             })
         });
     }
-}
-
-fn difference(page: (u64, u64), copied: Option<&Vec<u8>>, spilled: Option<&Vec<u8>>) -> String {
-    let (object, offset) = page;
-    let what = match (copied, spilled) {
-        (Some(_), None) => "only from copy".to_owned(),
-        (None, Some(_)) => "only from spill".to_owned(),
-        (copied, spilled) => {
-            let bytes = copied.into_iter().flatten().zip(spilled.into_iter().flatten());
-            let differing: Vec<String> = bytes
-                .enumerate()
-                .filter(|(_, (a, b))| a != b)
-                .map(|(at, (a, b))| format!("{at:#x}: {a:#04x} and {b:#04x}"))
-                .collect();
-            format!("{} bytes differ: {}", differing.len(), differing[..differing.len().min(16)].join(", "))
-        }
-    };
-    format!("object {object}, offset {offset:#x}: {what}")
 }

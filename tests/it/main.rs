@@ -10,6 +10,7 @@ mod eventfd;
 mod external;
 mod files;
 mod image_damage;
+mod incremental;
 mod interrupted;
 mod locks;
 mod memory;
