@@ -96,6 +96,13 @@ fn dump_and_compare(job: &Job<'_>, sandbox: &Sandbox, options: &[&str]) -> Outco
     })
 }
 
+/// A restore of a job that stood still when it was dumped: it still does.
+fn restore(job: &Job<'_>) -> Outcome<()> {
+    job.restore(None, &[])?;
+    job.processes().iter().skip(1).for_each(|p| p.signal(Signal::SIGCONT));
+    Ok(())
+}
+
 fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
     let talk = Talk::with(sandbox);
     talk.go()?;
@@ -129,7 +136,7 @@ fn a_chain_equals_a_full_checkpoint() {
             }
             job.succeed(&["verify", &job.name], &[])?;
             job.kill()?;
-            job.restore(None, &[])?;
+            restore(job)?;
             // What the old job's tracking knew is worth nothing for the new one.
             let said = dump_and_compare(job, sandbox, &[])?;
             if parent(&said).is_some() || said.get("full_because").is_none_or(|why| !why.is_string()) {
@@ -141,7 +148,7 @@ fn a_chain_equals_a_full_checkpoint() {
                 return Err(Failure(format!("the second one after a restore is a full one: {said}")));
             }
             job.kill()?;
-            job.restore(None, &[])?;
+            restore(job)?;
             finish(sandbox, nonce)
         })
     });
@@ -159,7 +166,7 @@ fn a_guest_in_motion_is_restored_from_a_chain() {
             if parent(&said).is_none() {
                 return Err(Failure(format!("the last one is a full one: {said}")));
             }
-            job.restore(None, &[])?;
+            restore(job)?;
             finish(sandbox, nonce)
         })
     });
@@ -218,7 +225,7 @@ fn killed_at_any_step() {
                 }
             }
             job.kill()?;
-            job.restore(None, &[])?;
+            restore(job)?;
             finish(sandbox, nonce)
         })
     });
@@ -262,7 +269,7 @@ fn doubtful_tracking_makes_a_full_checkpoint() {
             step(sandbox, 3)?;
             full(&[], "not in this store")?;
             job.kill()?;
-            job.restore(None, &[])?;
+            restore(job)?;
             finish(sandbox, nonce)
         })
     });
@@ -284,7 +291,7 @@ fn little_is_stored_when_little_has_changed() {
                 return Err(Failure(format!("{first}\n{second}")));
             }
             job.kill()?;
-            job.restore(None, &[])?;
+            restore(job)?;
             finish(sandbox, nonce)
         })
     });

@@ -39,6 +39,8 @@ pub fn attach(info: &JobInfo, which: &[ProcessId]) -> Result<Vec<Attached>, Dump
                 Err(why) => soft_dirty(p).map_err(|e| format!("{why}; {e}")),
             }
         };
+        let busy = "a userfaultfd of the application watches its memory";
+        let watch = watch.and_then(|w| w.cover(p).map(|()| w).map_err(|_| busy.to_owned()));
         out.push((ProcessId::of(p), watch));
     }
     frozen.resume()?;

@@ -75,8 +75,12 @@ fn existing(pagemap: &File, r: &Range) -> Result<Option<Vec<Range>>, Errno> {
             Err(Errno::ENOTTY) => return Ok(None),
             found => found?,
         };
-        let stretch =
-            |g: &pagemap::Region| Stretch { addr: g.start, bytes: g.end - g.start, unwritten: false };
+        let stretch = |g: &pagemap::Region| Stretch {
+            addr: g.start,
+            bytes: g.end - g.start,
+            unwritten: false,
+            doubtful: false,
+        };
         out.extend(regions[..n].iter().map(|g| part(r, &stretch(g))));
         if seen <= at {
             return Err(Errno::EIO);
@@ -84,6 +88,16 @@ fn existing(pagemap: &File, r: &Range) -> Result<Option<Vec<Range>>, Errno> {
         at = seen;
     }
     Ok(Some(out))
+}
+
+/// Reads a byte, so that the page is there: from swap, or from its file.
+fn touch(host: Pid, pid: i32, addr: u64) -> Result<(), DumpError> {
+    let what = |e: std::io::Error| DumpError::process(pid, format!("reading memory at {addr:#x}"))(e);
+    let mut byte = [0];
+    if ckpt_sys::memory::read(host, addr, &mut byte).is_err() {
+        Forced::open(host).and_then(|memory| memory.read(addr, &mut byte)).map_err(what)?;
+    }
+    Ok(())
 }
 
 /// What is to be done about one source.
@@ -104,8 +118,6 @@ fn plan(t: &Tracker, frozen: &FrozenJob, source: &Source) -> Result<Option<Plan>
         t.tracking.processes.iter().find(|w| Some(w.id) == id).filter(|w| !w.watch.is_doubtful(*host));
     let pagemap =
         File::open(format!("/proc/{host}/pagemap")).map_err(DumpError::process(*pid, "opening pagemap"))?;
-    let none = Vec::new();
-    let young = t.young.iter().find(|(i, _)| Some(*i) == id).map_or(&none, |(_, y)| y);
     let over_file = source.zeros == ckpt_image::ZeroPages::Record;
     let (mut dirty, mut same, mut looked) = (Vec::new(), Vec::new(), true);
     for r in ranges {
@@ -118,23 +130,30 @@ fn plan(t: &Tracker, frozen: &FrozenJob, source: &Source) -> Result<Option<Plan>
             _ => None,
         };
         let Some(stretches) = stretches else {
-            match existing(&pagemap, r).map_err(err("looking for pages (PAGEMAP_SCAN)"))? {
-                Some(all) => dirty.extend(all),
-                None => {
-                    dirty.push(*r);
-                    looked = false;
-                }
+            let found = existing(&pagemap, r).map_err(err("looking for pages (PAGEMAP_SCAN)"))?;
+            let worth_it = r.pages == Which::Private && found.as_ref().is_none_or(|f| !f.is_empty());
+            if let Some(w) = watched.filter(|_| worth_it) {
+                w.watch.cover_range(r.addr, r.bytes).map_err(err("watching a mapping (userfaultfd)"))?;
             }
+            looked &= found.is_some();
+            dirty.extend(found.unwrap_or_else(|| vec![*r]));
             continue;
         };
-        // Nothing of what is watched only since this dump began is known from the parent.
-        let is_young = |s: &Stretch| young.iter().any(|(from, to)| s.addr < *to && *from < s.addr + s.bytes);
         for s in &stretches {
-            let parent_object = watched.and_then(|w| w.object).filter(|_| claims_same(s) && !is_young(s));
+            let parent_object = watched.and_then(|w| w.object).filter(|_| claims_same(s));
             match parent_object {
                 Some(parent_object) => {
                     let offset = r.offset + (s.addr - r.addr);
                     same.push(Same { offset, bytes: s.bytes, parent_object });
+                }
+                None if s.doubtful => {
+                    let pages = (s.addr..s.addr + s.bytes).step_by(PAGE as usize);
+                    pages.clone().try_for_each(|at| touch(*host, *pid, at))?;
+                    let again =
+                        Range { addr: s.addr, bytes: s.bytes, offset: r.offset + (s.addr - r.addr), ..*r };
+                    let found =
+                        existing(&pagemap, &again).map_err(err("looking for pages (PAGEMAP_SCAN)"))?;
+                    dirty.extend(found.unwrap_or_else(|| vec![again]));
                 }
                 None => dirty.push(part(r, s)),
             }

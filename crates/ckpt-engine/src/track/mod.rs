@@ -4,10 +4,10 @@
 //! The rule: a page is *same* as in the parent only if it is there and has provably not been written to since a moment at or before
 //! the parent's snapshot. What is new, moved, forked, executed, or not watched for any reason, is saved whole.
 //!
-//! 1. While the job runs: processes that are not watched yet are *attached* ([`attach`]: a short stop), and all private memory that
-//!    has pages is watched and protected ([`Tracker::begin`]). What was not watched before is *young*.
+//! 1. Before the freeze: processes that are not watched yet are *attached* ([`attach`]: a short stop), and their private memory is
+//!    protected while they run ([`Tracker::begin`]).
 //! 2. In the freeze, [`Tracker::snapshot`] scans once: pages written since are protected again in the same step and copied, if they
-//!    are few; if they are many the snapshot engine keeps them. What is young is given to the engine whole.
+//!    are few; if they are many the snapshot engine keeps them. Mappings that are not watched are saved whole, and watched from now on.
 //! 3. After the image has been published, the [`Tracking`] is left with the job's init until the next dump. A dumper that dies
 //!    closes its descriptors: the kernel then ends all watching, and the next dump is a full one.
 
@@ -19,7 +19,7 @@ mod delta;
 pub use delta::Same;
 
 use crate::dump::freeze::FrozenJob;
-use crate::error::{DumpError, Refusals};
+use crate::error::DumpError;
 use crate::kind::Kind;
 use crate::model::process::ProcessId;
 use crate::model::{Job, JobInfo};
@@ -157,8 +157,6 @@ pub struct Tracker {
     parent: Option<Parent>,
     full_because: Option<String>,
     notes: Vec<String>,
-    /// By process: watched only since this dump began.
-    young: Vec<(ProcessId, Vec<(u64, u64)>)>,
     /// Room for the pages that were written, already touched.
     room: Vec<u8>,
     pages: delta::Pages,
@@ -171,7 +169,7 @@ impl Tracker {
     /// watched now.
     ///
     /// # Errors
-    /// [`DumpError::Refused`] if another userfaultfd watches memory of a process; what stopping a process gives. The job runs on.
+    /// What stopping a process gives; the job runs on.
     pub fn begin(info: &mut JobInfo, job: &Job, start: Incremental) -> Result<Tracker, DumpError> {
         let Incremental { mut tracking, full_because } = start;
         let mut notes = Vec::new();
@@ -183,6 +181,8 @@ impl Tracker {
                 ));
                 false
             }
+            // It has executed another program.
+            Some(p) if w.watch.is_lost(p) => false,
             found => found.is_some(),
         });
         let parent = if full_because.is_none() { tracking.parent } else { None };
@@ -195,7 +195,6 @@ impl Tracker {
             parent,
             full_because,
             notes,
-            young: Vec::new(),
             room: Vec::new(),
             pages: delta::Pages::default(),
             same: Vec::new(),
@@ -204,8 +203,6 @@ impl Tracker {
             // Unwritten pages are those of the coming checkpoint just as well.
             t.tracking.processes.iter_mut().for_each(|w| w.object = None);
         }
-        let mut refusals = Refusals::default();
-        t.watch_all(job, &mut refusals);
         let missing: Vec<ProcessId> = job.live().map(ProcessId::of).filter(|id| !t.is_watched(*id)).collect();
         if !missing.is_empty() {
             info.tracked = t.tracking.watched().collect();
@@ -217,9 +214,14 @@ impl Tracker {
                     }
                 }
             }
-            t.watch_all(job, &mut refusals);
+            // Protected while the job runs: what is written until it is frozen is written once more to the next checkpoint, not less.
+            for w in t.tracking.processes.iter().filter(|w| missing.contains(&w.id)) {
+                ckpt_sys::hook::point();
+                if let Some(p) = job.live().find(|p| ProcessId::of(p) == w.id) {
+                    w.watch.protect(p);
+                }
+            }
         }
-        refusals.check()?;
         info.tracked = t.tracking.watched().collect();
         if t.parent.is_some() {
             t.room = delta::room(&t.tracking, job);
@@ -229,29 +231,6 @@ impl Tracker {
 
     fn is_watched(&self, id: ProcessId) -> bool {
         self.tracking.processes.iter().any(|w| w.id == id)
-    }
-
-    /// Watches what has pages and is not watched. Processes that have another address space by now are dropped.
-    fn watch_all(&mut self, job: &Job, refusals: &mut Refusals) {
-        let mut gone = Vec::new();
-        for p in job.live() {
-            let id = ProcessId::of(p);
-            let Some(w) = self.tracking.processes.iter_mut().find(|w| w.id == id) else { continue };
-            ckpt_sys::hook::point();
-            match w.watch.cover(p) {
-                Ok(watch::Covered::Watched(young)) => match self.young.iter_mut().find(|(i, _)| *i == id) {
-                    Some((_, all)) => all.extend(young),
-                    None => self.young.push((id, young)),
-                },
-                Ok(watch::Covered::AnotherAddressSpace) => gone.push(id),
-                Err(watch::Foreign { start, end }) => refusals.process(
-                    id.pid,
-                    format!("mapping {start:#x}-{end:#x} is watched by a userfaultfd of the application"),
-                    "not supported",
-                ),
-            }
-        }
-        self.tracking.processes.retain(|w| !gone.contains(&w.id));
     }
 
     /// The checkpoint that the image is to be built on, if any.

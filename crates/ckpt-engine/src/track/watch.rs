@@ -35,24 +35,9 @@ pub struct Stretch {
     pub bytes: u64,
     /// Not written to since it was protected.
     pub unwritten: bool,
-}
-
-/// What [`Watch::cover`] did.
-#[derive(Debug)]
-pub enum Covered {
-    /// All that could be is watched; these ranges only now.
-    Watched(Vec<(u64, u64)>),
-    /// The process has executed a program since: it must be attached anew.
-    AnotherAddressSpace,
-}
-
-/// A mapping is watched by somebody else.
-#[derive(Debug)]
-pub struct Foreign {
-    /// First byte.
-    pub start: u64,
-    /// One past the last.
-    pub end: u64,
+    /// In a mapping of a file: it may be in swap, or be what a page leaves that was protected and has been dropped. It is known when it
+    /// has been read.
+    pub doubtful: bool,
 }
 
 /// Private memory that has pages of its own. What has none now is not worth a mapping of its own in the kernel's list.
@@ -98,33 +83,40 @@ impl Watch {
         }
     }
 
-    /// Watches all of the running process's private memory, and protects what was not watched before.
+    /// Watches all private memory with pages of a frozen process. Only then: a mapping that grows meanwhile would be cut in two, and the
+    /// application could no longer move it as one.
     ///
     /// # Errors
-    /// If another userfaultfd watches a part of it.
-    pub(super) fn cover(&self, p: &Process) -> Result<Covered, Foreign> {
-        let Way::Protection(tracking) = &self.0 else { return Ok(Covered::Watched(Vec::new())) };
-        let mut young = Vec::new();
-        let Ok(pagemap) = pagemap_of(p.host) else { return Ok(Covered::Watched(young)) };
-        for v in p.vmas.iter().filter(|v| is_worth_it(v)) {
-            let ours = v.has("uw");
-            match tracking.register(v.start, v.bytes()) {
-                Ok(()) => {}
-                Err(Errno::EBUSY) => return Err(Foreign { start: v.start, end: v.end }),
-                Err(Errno::ENOMEM | Errno::ESRCH) => return Ok(Covered::AnotherAddressSpace),
-                // Unmapped meanwhile, or of a sort that can't be watched: saved whole.
-                Err(_) => continue,
-            }
-            if ours {
-                continue;
-            }
-            young.push((v.start, v.end));
-            if pagemap::scan_written(&pagemap, v.start, v.end, true, &mut |_| ()) == Err(Errno::EPERM) {
-                // Watched, but not here. (Or the mapping has just been replaced: then it is attached once too often.)
-                return Ok(Covered::AnotherAddressSpace);
-            }
+    /// `EBUSY` if another userfaultfd watches a part of it.
+    pub(super) fn cover(&self, p: &Process) -> Result<(), Errno> {
+        p.vmas.iter().filter(|v| is_worth_it(v)).try_for_each(|v| self.cover_range(v.start, v.bytes()))
+    }
+
+    /// Watches a whole private mapping of a frozen process. Its pages count as written until a scan protects them.
+    ///
+    /// # Errors
+    /// `EBUSY` if another userfaultfd watches it.
+    pub(super) fn cover_range(&self, start: u64, bytes: u64) -> Result<(), Errno> {
+        let Way::Protection(tracking) = &self.0 else { return Ok(()) };
+        match tracking.register(start, bytes) {
+            Err(Errno::EBUSY) => Err(Errno::EBUSY),
+            // Of a sort that can't be watched, or of another address space: it is saved whole each time.
+            Ok(()) | Err(_) => Ok(()),
         }
-        Ok(Covered::Watched(young))
+    }
+
+    /// Protects what is watched in a running process of which nothing is claimed yet.
+    pub(super) fn protect(&self, p: &Process) {
+        let (Way::Protection(_), Ok(pagemap)) = (&self.0, pagemap_of(p.host)) else { return };
+        for v in p.vmas.iter().filter(|v| is_worth_it(v)) {
+            // What can't be protected counts as written.
+            let _ = pagemap::scan_written(&pagemap, v.start, v.end, true, &mut |_| ());
+        }
+    }
+
+    /// Whether the process may have executed a program since it was attached: then it must be attached anew.
+    pub(super) fn is_lost(&self, p: &Process) -> bool {
+        matches!(self.0, Way::Protection(_)) && !p.vmas.iter().any(|v| v.has("uw"))
     }
 
     /// The private pages of `[start, end)`, a part of one mapping, of the frozen process; what has been written since is protected again in
@@ -147,10 +139,9 @@ impl Watch {
                     if r.is(FILE | ZERO) {
                         return;
                     }
-                    // What looks like swap in a mapping of a file may be the mark of a page that has been dropped.
                     let doubtful = over_file && r.is(SWAPPED) && !r.is(PRESENT);
                     let unwritten = !r.is(WRITTEN) && !doubtful;
-                    push(&mut out, Stretch { addr: r.start, bytes: r.end - r.start, unwritten });
+                    push(&mut out, Stretch { addr: r.start, bytes: r.end - r.start, unwritten, doubtful });
                 };
                 match pagemap::scan_written(pagemap, start, end, protect, &mut add) {
                     Ok(()) => Ok(Some(out)),
@@ -172,7 +163,8 @@ impl Watch {
                         let alone = e & ENTRY_EXCLUSIVE != 0 || (e & ENTRY_SWAPPED != 0 && !over_file);
                         let unwritten = e & ENTRY_SOFT_DIRTY == 0 && alone;
                         let addr = at + i as u64 * ckpt_sys::memory::PAGE;
-                        push(&mut out, Stretch { addr, bytes: ckpt_sys::memory::PAGE, unwritten });
+                        let bytes = ckpt_sys::memory::PAGE;
+                        push(&mut out, Stretch { addr, bytes, unwritten, doubtful: false });
                     }
                     at = stop;
                 }
@@ -214,9 +206,31 @@ pub(super) fn canary_page(p: &Process) -> Option<u64> {
 /// Adds a stretch behind the others.
 fn push(out: &mut Vec<Stretch>, s: Stretch) {
     match out.last_mut() {
-        Some(last) if last.addr + last.bytes == s.addr && last.unwritten == s.unwritten => {
-            last.bytes += s.bytes
+        Some(last)
+            if last.addr + last.bytes == s.addr
+                && (last.unwritten, last.doubtful) == (s.unwritten, s.doubtful) =>
+        {
+            last.bytes += s.bytes;
         }
         _ => out.push(s),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stretches_of_one_sort_are_joined() {
+        let page =
+            |n: u64, unwritten, doubtful| Stretch { addr: n << 12, bytes: 1 << 12, unwritten, doubtful };
+        let mut out = Vec::new();
+        let sorts = [(false, false), (false, false), (false, true), (true, false), (true, false)];
+        for (n, (unwritten, doubtful)) in sorts.into_iter().enumerate() {
+            push(&mut out, page(n as u64, unwritten, doubtful));
+        }
+        push(&mut out, page(9, true, false));
+        let found: Vec<(u64, u64)> = out.iter().map(|s| (s.addr >> 12, s.bytes >> 12)).collect();
+        assert_eq!(found, [(0, 2), (2, 1), (3, 2), (9, 1)]);
     }
 }
