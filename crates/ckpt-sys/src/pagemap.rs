@@ -315,4 +315,67 @@ mod tests {
         assert_eq!(picture(&m, true), "w-".repeat(pages as usize / 2));
         assert_eq!(picture(&m, false), "-".repeat(pages as usize));
     }
+
+    /// Soft-dirty bits of the pages of `m`: 'w' dirty, '-' clean and nobody else's, '?' neither, ' ' not there.
+    fn soft_picture(m: &Memory) -> String {
+        let entry = |e: u64| match e {
+            e if e & (ENTRY_PRESENT | ENTRY_SWAPPED) == 0 => ' ',
+            e if e & ENTRY_SOFT_DIRTY != 0 => 'w',
+            e if e & ENTRY_EXCLUSIVE != 0 => '-',
+            _ => '?',
+        };
+        entries(&pagemap(), m.addr, m.addr + m.bytes).unwrap().into_iter().map(entry).collect()
+    }
+
+    /// What the use of soft-dirty bits relies on. Needs CONFIG_MEM_SOFT_DIRTY, which Debian's kernels have: run it in the VM.
+    #[test]
+    fn soft_dirty_bits_of_pages_that_are_ours_alone() {
+        let m = Memory::map(6);
+        (0..5).for_each(|page| m.touch(page, 1));
+        let cleared = clear_soft_dirty(Pid::this());
+        if cleared.is_err() || !soft_picture(&m).starts_with("-----") {
+            eprintln!("skipped: no soft-dirty bits: {cleared:?}");
+            return;
+        }
+        m.touch(1, 2);
+        m.look(2);
+        m.touch(5, 1);
+        assert_eq!(soft_picture(&m), "-w---w");
+        // A dropped page that is only read is the zero page: clean, but not ours alone.
+        m.drop_page(3);
+        m.drop_page(4);
+        assert_eq!(m.look(3), 0);
+        assert_eq!(soft_picture(&m), "-w-? w");
+        // What is moved is dirty.
+        clear_soft_dirty(Pid::this()).unwrap();
+        let to = Memory::map(6);
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let (from, at, bytes) = (m.addr as *mut libc::c_void, to.addr as *mut libc::c_void, m.bytes as usize);
+        // SAFETY: moves the pages of one mapping over another, both without references to them.
+        assert_eq!(unsafe { libc::mremap(from, bytes, bytes, flags, at) } as u64, to.addr);
+        std::mem::forget(m);
+        assert!(!soft_picture(&to).contains('-'), "{:?}", soft_picture(&to));
+    }
+
+    #[test]
+    fn a_fork_is_not_watched_and_leaves_its_parent_so() {
+        let Some(t) = tracking() else { return };
+        let m = Memory::map(4);
+        (0..4).for_each(|page| m.touch(page, 1));
+        t.register(m.addr, m.bytes).unwrap();
+        assert_eq!(picture(&m, true), "wwww");
+        let child = crate::spawn::fork_child(|| {
+            let seen = scan_written(&pagemap(), m.addr, m.addr + m.bytes, true, &mut |_| ());
+            i32::from(seen != Err(Errno::EPERM))
+        });
+        let status = nix::sys::wait::waitpid(Pid::from_raw(child.unwrap()), None).unwrap();
+        assert_eq!(status, nix::sys::wait::WaitStatus::Exited(status.pid().unwrap(), 0));
+        m.touch(3, 2);
+        assert_eq!(picture(&m, false), "---w");
+    }
+
+    #[test]
+    fn the_kernel_is_probed_by_doing() {
+        assert_eq!(crate::userfaultfd::probe().is_ok(), tracking().is_some());
+    }
 }
