@@ -6,6 +6,7 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use ckpt_job::JobName;
+use ckpt_job::policy::{DumpOn, Recover, Span, Threshold};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXIT_CODES: &str = "\
@@ -16,11 +17,12 @@ Exit status:
     1    failure (125 in the commands that end with a job's status)
     2    wrong usage
     112  not found: no such job, checkpoint or file
-    113  conflict: a name or file is in use, a file has changed, another dump is going on
+    113  conflict: a name, file or checkpoint is in use, a file has changed, another dump is going on
     114  refused: the job holds something that ckpt does not support; the job goes on
     115  corrupt: the image is damaged, or was made by a newer ckpt
     116  this host cannot: see `ckpt doctor`
     117  no space, or a store that cannot be written to
+    118  saved: a dump ended the job (--dump-on SIGNAL:stop, dump --stop); `ckpt run --resume` goes on
     126  the command of `run` could not be executed
     127  the command of `run` was not found";
 
@@ -50,8 +52,10 @@ pub enum Command {
     Verify(VerifyArgs),
     Kill(KillArgs),
     Wait(WaitArgs),
+    Supervise(SuperviseArgs),
     Attach(AttachArgs),
     Rm(RmArgs),
+    Squash(SquashArgs),
     Check(CheckArgs),
     Doctor(DoctorArgs),
 }
@@ -111,9 +115,123 @@ pub struct RunArgs {
     #[arg(long)]
     pub no_interceptor: bool,
 
+    /// Go on from the newest checkpoint of this name, or start COMMAND if there is none.
+    ///
+    /// The one line for a batch script or a service that may be started again at any time. Checkpoints that are damaged are skipped with a
+    /// warning. Everything else that stands in the way is an error, never a fresh start: a running job of this name, files that have changed
+    /// (see --files), a host that cannot restore the checkpoint.
+    #[arg(long, requires = "name")]
+    pub resume: bool,
+
+    /// With --resume, and for recoveries: what to do about files that have changed since the dump; see `ckpt restore`.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub files: Option<FilesPolicy>,
+
+    /// Every dump of the job saves the content of files that it has open for writing; --resume and recoveries put them back.
+    ///
+    /// See `ckpt dump --with-files` and `ckpt restore --rollback-files`. For a job whose files must fit its memory, such as a database.
+    #[arg(long)]
+    pub with_files: bool,
+
+    #[command(flatten)]
+    pub supervision: SupervisionArgs,
+
+    /// The hidden side of recoveries: the job's supervisor starts it again.
+    #[arg(long, hide = true, value_name = "FD")]
+    pub by_supervisor: Option<i32>,
+
     /// The program and its arguments.
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+}
+
+/// What `ckpt run` has done with a job on its own.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Long jobs")]
+pub struct SupervisionArgs {
+    /// Dump the job at this interval: 30s, 10m, 2h, 1h30m.
+    ///
+    /// Counted from the start of the job and from the end of each dump of this kind. A dump that fails is said in the job's log and in
+    /// `ckpt ps`, and tried again after the same time.
+    ///
+    /// This, and all that follows, is the work of a supervisor: a process beside the job that outlives the terminal and `ckpt run`. If it
+    /// is killed, the job goes on and `ckpt ps` shows it as unsupervised; `ckpt supervise NAME` starts another.
+    #[arg(long, value_name = "DURATION")]
+    pub every: Option<Span>,
+
+    /// Keep the newest N checkpoints of this name and remove older ones, each time a dump by the supervisor is complete.
+    ///
+    /// Never removed is what a kept incremental checkpoint needs.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep: Option<u32>,
+
+    /// How these dumps compress memory; see `ckpt dump`.
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub compress: Option<Compression>,
+
+    /// Dump the job when this signal is sent to it; with ":stop", end it after the dump.
+    ///
+    /// For the notice before a time limit or before a spot instance is taken away. The signal counts whether it is sent to `ckpt run`, by
+    /// `ckpt kill`, to the job's init (its PID in `ckpt ps`) or to its supervisor, and does not reach the job. With ":stop" the dump is
+    /// tried until it succeeds, and `ckpt run` and `ckpt wait` end with status 118. May be given several times.
+    #[arg(long, value_name = "SIGNAL[:stop]", value_parser = parse_dump_on)]
+    pub dump_on: Vec<DumpOn>,
+
+    /// Dump the job whenever it has used up so much since its last dump of this kind, or a file has changed.
+    ///
+    /// cpu:DURATION: CPU time of all its processes. written:SIZE: bytes that it caused to be written to storage (not to tmpfs).
+    /// sent:SIZE: bytes that it sent over TCP; what connections sent in the last second before they were closed is not seen.
+    /// changed:PATH: PATH appeared, was replaced, or has another length or modification time. Looked at once a second. May be given several times.
+    #[arg(long, value_name = "WHAT:AMOUNT")]
+    pub dump_at: Vec<Threshold>,
+
+    /// Dump the job whenever this shell command succeeds; see --probe-every.
+    ///
+    /// It runs outside the job, in the directory and environment of `ckpt run`, with the job's name in CKPT_JOB and the pid of its
+    /// init in CKPT_INIT_PID.
+    #[arg(long, value_name = "CMD")]
+    pub dump_when: Option<String>,
+
+    /// Start the job again when it fails: from its newest checkpoint, or anew if there is none.
+    ///
+    /// on-failure: its main process ended by a signal (the kernel's OOM killer among them) or with a status other than 0, all of it was killed,
+    /// or --health or --hang-after say that it is not well. on-abnormal: the same, but for a status other than 0.
+    ///
+    /// Not a failure is what follows from TERM, INT, QUIT or KILL sent by `ckpt kill` or `ckpt run`, from the keys of the job's terminal,
+    /// and from `dump --stop`.
+    ///
+    /// At most MAX times in a row (10) without a new checkpoint in between. A checkpoint that is damaged is skipped for an older one, and so is
+    /// one that the job has failed from twice without making another. `ckpt run` in the foreground stays through all recoveries.
+    #[arg(long, value_name = "on-failure|on-abnormal[:MAX]")]
+    pub recover: Option<Recover>,
+
+    /// How long to wait before the first recovery; doubles with each further one, up to 5 minutes.
+    #[arg(long, value_name = "DURATION", default_value = "1s", requires = "recover")]
+    pub recover_delay: Span,
+
+    /// A shell command that fails when the job is not well: it is then ended and recovered.
+    ///
+    /// Runs as that of --dump-when. Not run while a dump is made.
+    #[arg(long, value_name = "CMD", requires = "recover")]
+    pub health: Option<String>,
+
+    /// How often in a row it has to fail, or to take longer than --probe-timeout.
+    #[arg(long, value_name = "N", default_value_t = 3, requires = "health", value_parser = clap::value_parser!(u32).range(1..))]
+    pub health_failures: u32,
+
+    /// How often the commands of --dump-when and --health are run.
+    #[arg(long, value_name = "DURATION", default_value = "30s")]
+    pub probe_every: Span,
+
+    /// How long each may take; it is killed then, and counts as failed.
+    #[arg(long, value_name = "DURATION", default_value = "30s")]
+    pub probe_timeout: Span,
+
+    /// End and recover the job when none of its processes has used CPU time or read or written anything for so long.
+    ///
+    /// ckpt cannot tell a job that hangs from one that waits for something that comes later: choose it longer than any such wait.
+    #[arg(long, value_name = "DURATION", requires = "recover")]
+    pub hang_after: Option<Span>,
 }
 
 /// Save all of a job
@@ -155,6 +273,14 @@ pub struct DumpArgs {
           value_parser = clap::value_parser!(u64).range(1..=128))]
     pub max_chain: u64,
 
+    /// Save the content of the files that the job has open for writing, too, as it is at this moment.
+    ///
+    /// A restore with --rollback-files puts them back. The job stands still while they are copied, unless their file system shares extents
+    /// (btrfs, XFS): there a clone is made at once. Files that SQLite keeps beside a database (-journal, -wal, -shm) go with it.
+    /// Always on for a job of `ckpt run --with-files`.
+    #[arg(long)]
+    pub with_files: bool,
+
     /// How to compress memory.
     #[arg(long, value_enum, default_value_t = Compression::None, value_name = "METHOD")]
     pub compress: Compression,
@@ -181,6 +307,8 @@ pub struct DumpArgs {
 pub enum EngineChoice {
     /// The one that keeps the job still for the shortest time.
     Auto,
+    /// Have the kernel module keep the memory of each process (/dev/ckpt); what it refuses is forked or copied.
+    Kmod,
     /// Fork each process and read the copy while the job goes on; what cannot be kept that way is copied.
     Cow,
     /// Copy everything into ckpt's own memory while the job stands still.
@@ -219,7 +347,27 @@ pub struct RestoreArgs {
     #[arg(long, short)]
     pub detach: bool,
 
-    /// Give the restored job another name.
+    /// Let the job run at once; its memory comes when it is touched, and the rest in the background.
+    ///
+    /// What the job touched first after the last lazy restore is fetched first. Until all memory has come (see `ckpt ps`) the job depends
+    /// on the checkpoint: if that turns out to be damaged, the job is ended, with a line in its log and status 115.
+    /// Needs CAP_SYS_PTRACE on the host; elsewhere the restore says why and brings all memory back first.
+    #[arg(long)]
+    pub lazy: bool,
+
+    /// Start this many copies, named NAME-1, NAME-2 and so on, each with its own log (implies --detach).
+    ///
+    /// All of them or none: none runs before all are rebuilt, and if one can't be, the others are removed again. Where the kernel merges
+    /// equal pages (KSM, /sys/kernel/mm/ksm/run is 1), the copies come to share the memory that they do not change. A checkpoint
+    /// whose job has files open for writing is refused.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), conflicts_with = "by_supervisor")]
+    pub copies: Option<u32>,
+
+    /// The hidden side of --copies: stdin is the gate, and the kernel is to merge memory or not.
+    #[arg(long, hide = true, value_enum, requires = "detach", conflicts_with = "copies")]
+    pub as_copy: Option<AsCopy>,
+
+    /// Give the restored job another name; with --copies, another prefix.
     #[arg(long, short, value_name = "NEW")]
     pub name: Option<JobName>,
 
@@ -230,6 +378,14 @@ pub struct RestoreArgs {
     #[arg(long, value_enum, value_name = "WHAT")]
     pub files: Option<FilesPolicy>,
 
+    /// Put files back whose content is in the checkpoint (see `ckpt dump --with-files`), if they have changed since.
+    ///
+    /// What a file held is kept beside it, as NAME.ckpt-replaced-TIME-N, and named. A file that is still the same inode is written in place;
+    /// one that was replaced or removed comes back by rename. What SQLite has put beside a database since the dump is moved aside.
+    /// This happens when everything else is in place, before anything of the job runs; --files is about all other files.
+    #[arg(long)]
+    pub rollback_files: bool,
+
     /// Go on although this file has changed: the job sees it as it is now. May be given several times.
     #[arg(long, value_name = "PATH")]
     pub allow_changed: Vec<PathBuf>,
@@ -237,6 +393,18 @@ pub struct RestoreArgs {
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,
+
+    /// The hidden side of recoveries: the job's supervisor starts it again.
+    #[arg(long, hide = true, value_name = "FD")]
+    pub by_supervisor: Option<i32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AsCopy {
+    /// Memory is the copy's own.
+    Alone,
+    /// Equal pages are to be merged.
+    Mergeable,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -304,7 +472,8 @@ pub struct VerifyArgs {
 
 /// Send a signal to a job
 ///
-/// KILL ends the whole job at once. Any other signal goes where the keys of a terminal would send it: to the foreground process group
+/// KILL ends the whole job at once. A signal of --dump-on makes a dump instead. After TERM, INT, QUIT or KILL a job with --recover is not
+/// started again; one that has failed and waits for its recovery is given up. Any other signal goes where the keys of a terminal would send it: to the foreground process group
 /// of the job's terminal, or, in a job without one, to the process group of its main process. If that has ended, it goes to
 /// every process of the job.
 #[derive(Debug, Args)]
@@ -338,6 +507,22 @@ pub struct WaitArgs {
     pub all: bool,
 }
 
+/// Take up the supervision of a job whose supervisor was killed
+///
+/// A job that was started with --every, --dump-on, --dump-at, --dump-when or --recover has a supervisor: a process outside the job that
+/// makes its dumps and starts it again. If that is killed, the job goes on, and `ckpt ps` shows it as "unsupervised". This starts another
+/// with the options of the job's `ckpt run`; it goes on in the background.
+///
+/// Recoveries then have the descriptors of this command: a job in the foreground whose output went to a file or pipe of `ckpt run` writes
+/// to the stdout and stderr of this command after its next recovery.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct SuperviseArgs {
+    /// The job.
+    #[arg(value_name = "NAME")]
+    pub name: JobName,
+}
+
 /// Connect this terminal to a job that has a terminal of its own
 ///
 /// Whoever was connected before is disconnected. Typing the detach key leaves the job running.
@@ -358,7 +543,11 @@ pub struct AttachArgs {
 pub struct DetachKey(pub Option<u8>);
 
 /// Remove checkpoints from the store
+///
+/// A checkpoint that incremental ones are built on is not removed unless they are, too; the message names them. `ckpt squash`
+/// makes them independent of it.
 #[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
 pub struct RmArgs {
     /// What to remove: NAME for all checkpoints of a job, NAME@N for a certain one.
     #[arg(value_name = "NAME[@N]", required = true)]
@@ -366,6 +555,33 @@ pub struct RmArgs {
 
     #[command(flatten)]
     pub store: StoreArg,
+}
+
+/// Make an incremental checkpoint a full one, in place
+///
+/// It keeps its number, and those that are built on it stay valid; it needs the ones that it was built on no more, so that they can be
+/// removed. Whatever interrupts this, the checkpoint is there and whole: as it was, or as it is to be. Doing it again is harmless.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct SquashArgs {
+    /// The checkpoint: NAME for the newest of a job, NAME@N for a certain one.
+    #[arg(value_name = "NAME[@N]")]
+    pub checkpoint: String,
+
+    #[command(flatten)]
+    pub store: StoreArg,
+
+    /// How to compress memory. Without it, as the checkpoint is now.
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub compress: Option<Compression>,
+
+    /// Go through no more than this many bytes of memory a second (K, M, G: times 1024), on average.
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub io_limit: Option<NonZeroU64>,
+
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Could this job be dumped now?
@@ -440,6 +656,32 @@ fn parse_signal(text: &str) -> Result<u8, String> {
         .map_err(|_| "no such signal; examples: TERM, KILL, USR1, RTMIN+1, 15".to_owned())
 }
 
+/// A signal that makes a dump.
+fn parse_dump_on(text: &str) -> Result<DumpOn, String> {
+    let (name, stop) = match text.split_once(':') {
+        Some((name, "stop")) => (name, true),
+        Some(_) => return Err("give SIGNAL or SIGNAL:stop, as in USR1, TERM:stop".to_owned()),
+        None => (text, false),
+    };
+    let signal = parse_signal(name)?;
+    // Those cannot be caught, or have a meaning for terminals and parents that ckpt run heeds.
+    const OTHERS: [i32; 9] = [
+        libc::SIGKILL,
+        libc::SIGSTOP,
+        libc::SIGTSTP,
+        libc::SIGTTIN,
+        libc::SIGTTOU,
+        libc::SIGCONT,
+        libc::SIGCHLD,
+        libc::SIGPIPE,
+        libc::SIGWINCH,
+    ];
+    if signal == 0 || OTHERS.contains(&i32::from(signal)) {
+        return Err("this signal cannot make a dump; use USR1, USR2, TERM, HUP, RTMIN+n …".to_owned());
+    }
+    Ok(DumpOn { signal, stop })
+}
+
 /// A key such as `ctrl-]`.
 fn parse_key(text: &str) -> Result<DetachKey, String> {
     if text == "none" {
@@ -482,6 +724,15 @@ mod tests {
         }
         for text in ["", "0", "K", "1KK", "-1", "1.5G", "1T", "99999999999G"] {
             assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn signals_that_dump() {
+        assert_eq!(parse_dump_on("USR1"), Ok(DumpOn { signal: 10, stop: false }));
+        assert_eq!(parse_dump_on("SIGTERM:stop"), Ok(DumpOn { signal: 15, stop: true }));
+        for text in ["KILL", "0", "TERM:", "TERM:end", "CHLD:stop", "FOO"] {
+            assert!(parse_dump_on(text).is_err(), "{text}");
         }
     }
 

@@ -3,6 +3,7 @@
 
 pub mod attach;
 pub mod check;
+pub mod copies;
 pub mod doctor;
 pub mod dump;
 mod incremental;
@@ -15,6 +16,8 @@ pub mod ps;
 pub mod restore;
 pub mod rm;
 pub mod run;
+pub mod squash;
+pub mod supervise;
 pub mod verify;
 pub mod wait;
 
@@ -22,7 +25,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::args::StoreArg;
+use crate::args::{self, StoreArg};
 
 /// The store to use: what the user says, else the default of this user. Absolute; need not exist.
 pub fn store_directory(arg: &StoreArg) -> Result<PathBuf> {
@@ -44,4 +47,13 @@ pub fn store_directory(arg: &StoreArg) -> Result<PathBuf> {
         );
     }
     Ok(chosen)
+}
+
+/// The compression that the user chose.
+pub fn compression(chosen: args::Compression) -> ckpt_image::Compression {
+    match chosen {
+        args::Compression::None => ckpt_image::Compression::None,
+        args::Compression::Lz4 => ckpt_image::Compression::Lz4,
+        args::Compression::Zstd => ckpt_image::Compression::Zstd,
+    }
 }

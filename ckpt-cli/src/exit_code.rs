@@ -10,11 +10,12 @@
 //! | 1 | a failure without a code of its own, in commands that do not end with a job's status |
 //! | 2 | wrong usage |
 //! | 112 | not found: no such job, checkpoint or file |
-//! | 113 | conflict: the name, a port or a file is in use, a file has changed, another dump is going on |
+//! | 113 | conflict: the name, a port, a file or a checkpoint is in use, a file has changed, another dump is going on |
 //! | 114 | refused: the job holds something that ckpt does not support; it goes on |
 //! | 115 | corrupt: the image is damaged, or made by a newer ckpt |
 //! | 116 | host cannot: this host or kernel lacks or forbids something, see `ckpt doctor` |
 //! | 117 | no space, or a store that cannot be written to |
+//! | 118 | a dump saved the job and ended it |
 //! | 125 | ckpt itself failed, in commands that end with a job's status |
 //! | 126 | the command of `run` was found and could not be executed |
 //! | 127 | the command of `run` was not found |
@@ -22,8 +23,8 @@
 use std::process;
 
 use ckpt_engine::error::{DumpError, RestoreError};
-use ckpt_image::ReadError;
 use ckpt_image::store::StoreError;
+use ckpt_image::{ReadError, WriteError};
 use ckpt_job::client::ClientError;
 use ckpt_job::name::InvalidName;
 use ckpt_job::{ExitStatus, LaunchError, RegistryError, StartErrorClass};
@@ -53,6 +54,8 @@ impl ExitCode {
     pub const HOST_CANNOT: ExitCode = ExitCode(116);
     /// No space, or a read-only store.
     pub const NO_SPACE: ExitCode = ExitCode(117);
+    /// A dump saved the job and ended it.
+    pub const SAVED: ExitCode = ExitCode(118);
     /// ckpt itself failed, in a command that ends with a job's status.
     pub const OWN_FAILURE: ExitCode = ExitCode(125);
     /// The command could not be executed.
@@ -70,6 +73,11 @@ impl ExitCode {
         error.chain().find_map(of_cause).unwrap_or(fallback)
     }
 }
+
+/// Options that do not go together, where the parser cannot tell.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub &'static str);
 
 fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<ExitCode> {
     if let Some(error) = cause.downcast_ref::<LaunchError>() {
@@ -93,6 +101,9 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<ExitCode> {
     if let Some(error) = cause.downcast_ref::<DumpError>() {
         return commands::dump::code_of(error);
     }
+    if let Some(error) = cause.downcast_ref::<commands::copies::CopyFailed>() {
+        return error.code.map(ExitCode);
+    }
     if let Some(error) = cause.downcast_ref::<RestoreError>() {
         return commands::restore::code_of(error);
     }
@@ -102,13 +113,20 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<ExitCode> {
     if let Some(error) = cause.downcast_ref::<StoreError>() {
         return of_store(error);
     }
-    cause.downcast_ref::<InvalidName>().map(|_| ExitCode::USAGE)
+    (cause.is::<InvalidName>() || cause.is::<Usage>()).then_some(ExitCode::USAGE)
 }
 
 fn of_store(error: &StoreError) -> Option<ExitCode> {
     match error {
         StoreError::NoSuchJob { .. } | StoreError::NoSuchCheckpoint { .. } => Some(ExitCode::NOT_FOUND),
-        StoreError::Exists { .. } | StoreError::Busy { .. } => Some(ExitCode::CONFLICT),
+        StoreError::Exists { .. }
+        | StoreError::Busy { .. }
+        | StoreError::Needed { .. }
+        | StoreError::ParentGone { .. }
+        | StoreError::Changed { .. } => Some(ExitCode::CONFLICT),
+        StoreError::Read(error) => commands::verify::code_of(error),
+        StoreError::Write(WriteError::Io { source, .. }) => is_storage(source).then_some(ExitCode::NO_SPACE),
+        StoreError::Write(_) => None,
         StoreError::BadJobName { .. } | StoreError::BadSpec { .. } | StoreError::ReservedName { .. } => {
             Some(ExitCode::USAGE)
         }
@@ -135,8 +153,10 @@ pub fn is_storage(error: &std::io::Error) -> bool {
 
 fn of_registry(error: &RegistryError) -> Option<ExitCode> {
     match error {
-        RegistryError::NotFound(_) => Some(ExitCode::NOT_FOUND),
-        RegistryError::NameTaken(_) | RegistryError::BeingDumped(_) => Some(ExitCode::CONFLICT),
+        RegistryError::NotFound(_) | RegistryError::NotSupervised(_) => Some(ExitCode::NOT_FOUND),
+        RegistryError::NameTaken(_) | RegistryError::BeingDumped(_) | RegistryError::Recovering(_) => {
+            Some(ExitCode::CONFLICT)
+        }
         _ => None,
     }
 }

@@ -6,6 +6,7 @@ mod args;
 mod commands;
 mod exit_code;
 mod report;
+mod supervisor;
 
 use std::process;
 
@@ -20,6 +21,10 @@ fn main() -> process::ExitCode {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == ckpt_job::INIT_ARGUMENT) {
         commands::init::run();
     }
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == commands::supervise::SUPERVISE_ARGUMENT)
+    {
+        return supervisor::main();
+    }
     let cli = Cli::parse();
     let report = Report::new(cli.quiet);
     let (result, fallback) = match &cli.command {
@@ -32,8 +37,10 @@ fn main() -> process::ExitCode {
         Command::Verify(args) => (commands::verify::run(args, &report), ExitCode::FAILURE),
         Command::Kill(args) => (commands::kill::run(args), ExitCode::FAILURE),
         Command::Wait(args) => (commands::wait::run(args), ExitCode::OWN_FAILURE),
+        Command::Supervise(args) => (commands::supervise::run(args, &report), ExitCode::FAILURE),
         Command::Attach(args) => (commands::attach::run(args, &report), ExitCode::OWN_FAILURE),
         Command::Rm(args) => (commands::rm::run(args, &report), ExitCode::FAILURE),
+        Command::Squash(args) => (commands::squash::run(args, &report), ExitCode::FAILURE),
         Command::Check(args) => (commands::check::run(args, &report), ExitCode::FAILURE),
         Command::Doctor(args) => (commands::doctor::run(args, &report), ExitCode::FAILURE),
     };

@@ -4,7 +4,8 @@
 //! Messages go to stderr, results to stdout. Progress is one line that overwrites itself, on a terminal only: a pipe or a log
 //! never sees it.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
 
 /// Where messages go and how much of them.
@@ -12,17 +13,28 @@ use std::io::{self, IsTerminal as _, Write as _};
 pub struct Report {
     progress: bool,
     line_shown: Cell<bool>,
+    /// Where messages go instead of stderr, which may belong to a job.
+    instead: RefCell<Option<File>>,
 }
 
 impl Report {
     /// Progress is shown if stderr is a terminal and nobody asked for quiet.
     pub fn new(quiet: bool) -> Report {
-        Report { progress: !quiet && io::stderr().is_terminal(), line_shown: Cell::new(false) }
+        Report {
+            progress: !quiet && io::stderr().is_terminal(),
+            line_shown: Cell::new(false),
+            instead: RefCell::default(),
+        }
+    }
+
+    /// From now on messages go to `file`, and no progress is shown.
+    pub fn divert(&self, file: File) {
+        self.instead.replace(Some(file));
     }
 
     /// Shows how far things are, in place of what was shown before.
     pub fn progress(&self, text: &str) {
-        if self.progress {
+        if self.progress && self.instead.borrow().is_none() {
             // To the first column, the text, the rest of the line cleared.
             let _ = write!(io::stderr(), "\r{}\x1b[K", text.lines().next().unwrap_or_default());
             self.line_shown.set(true);
@@ -39,6 +51,10 @@ impl Report {
     /// A message that is always shown.
     pub fn note(&self, text: &str) {
         self.clear();
+        if let Some(file) = self.instead.borrow_mut().as_mut() {
+            let _ = writeln!(file, "{text}");
+            return;
+        }
         // With stderr gone there is nobody to tell, and that is no reason to fail.
         let _ = writeln!(io::stderr(), "ckpt: {text}");
     }

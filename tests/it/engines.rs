@@ -1,25 +1,49 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The second snapshot engine, which shares nothing with the first but the seam between them: guests restored from its
-//! images, and the same pages from both for a job that stands still.
+//! The other snapshot engines, which share nothing with the default but the seam between them: guests restored from
+//! their images, and the same pages from all for a job that stands still.
+
+use std::path::Path;
 
 use ckpt_tests::{
-    Failure,
+    Failure, Outcome, announce,
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
-    pages::{difference, pages_of},
+    pages::{Pages, difference, pages_of},
     process::poll_until,
     proof::{self, dump_by, each_user, with_ready_job},
     user::Users,
 };
 use nix::sys::signal::Signal;
 
-macro_rules! by_second_engine {
+macro_rules! by_the_other_engines {
     ($($name:ident => $guest:expr;)+) => {
-        $(#[test]
-        fn $name() { proof::prove_with_second_engine(&$guest) })+
+        $(mod $name {
+            use super::*;
+            #[test]
+            fn kmod() { by_the_module(&$guest) }
+            #[test]
+            fn copy() { proof::prove_with_engine(&$guest, "copy") }
+            #[test]
+            fn spill() { proof::prove_with_engine(&$guest, "spill") }
+        })+
     };
 }
 
-by_second_engine! {
+/// Where the kernel module is loaded: `scripts/vm --product`.
+fn by_the_module(guest: &Guest) {
+    if has_module(&guest.label()) {
+        proof::prove_with_engine(guest, "kmod");
+    }
+}
+
+fn has_module(test: &str) -> bool {
+    let has = Path::new("/dev/ckpt").exists();
+    if !has {
+        announce(&format!("skipped: {test} by the engine kmod: the kernel module is not loaded"));
+    }
+    has
+}
+
+by_the_other_engines! {
     private_memory => Guest::new("mem_private_anon");
     private_memory_alone => Guest::new("mem_private_anon").without_interceptor();
     private_file => Guest::new("mem_private_file");
@@ -29,16 +53,21 @@ by_second_engine! {
     named_shm => Guest::new("mem_named_shm");
     stack => Guest::new("mem_stack");
     many_vmas => Guest::new("mem_many_vmas");
+    advice => Guest::new("mem_madvise");
     deleted_file => Guest::new("file_deleted");
     workers => Guest::new("file_workers");
     threads => Guest::new("thread_registers");
 }
 
 #[test]
-fn same_pages_from_both_engines() {
-    for (source, interceptor) in
-        [("mem_shared_anon", true), ("mem_private_anon", false), ("thread_registers", true)]
-    {
+fn same_pages_from_all_engines() {
+    for (source, interceptor) in [
+        ("mem_shared_anon", true),
+        ("mem_private_anon", false),
+        ("mem_private_file", true),
+        ("mem_madvise", true),
+        ("thread_registers", true),
+    ] {
         // Into a registered rseq area the kernel writes on which processor a thread came back from a stop.
         let mut guest = Guest::new(source).run_under(&["env", "GLIBC_TUNABLES=glibc.pthread.rseq=0"]);
         guest.interceptor = interceptor;
@@ -56,25 +85,14 @@ fn same_pages_from_both_engines() {
                 })
                 .ok_or_else(|| Failure::new("the guest does not stop"))?;
                 let mut images = Vec::new();
-                for engine in ["copy", "spill"] {
+                let engines = ["copy", "cow", "spill", "kmod"];
+                for engine in engines.into_iter().filter(|e| *e != "kmod" || has_module(source)) {
                     let image = sandbox.root.join(engine);
                     dump_by(job, engine, &["--dir", &format!("{}/", image.display())])?;
-                    images.push(pages_of(&image)?);
+                    images.push((engine, pages_of(&image)?));
                 }
-                let (copied, spilled) = (&images[0], &images[1]);
-                let differing: Vec<String> = copied
-                    .keys()
-                    .chain(spilled.keys().filter(|page| !copied.contains_key(page)))
-                    .filter(|page| copied.get(page) != spilled.get(page))
-                    .map(|page| difference(*page, ("copy", copied.get(page)), ("spill", spilled.get(page))))
-                    .collect();
-                if copied.len() < 10 || !differing.is_empty() {
-                    return Err(Failure(format!(
-                        "{} of {} pages differ between the engines:\n{}",
-                        differing.len(),
-                        copied.len(),
-                        differing[..differing.len().min(20)].join("\n")
-                    )));
+                for (engine, pages) in &images[1..] {
+                    compare(&images[0].1, pages, engine)?;
                 }
                 for process in guests {
                     process.signal(Signal::SIGCONT);
@@ -88,4 +106,22 @@ fn same_pages_from_both_engines() {
             })
         });
     }
+}
+
+fn compare(copied: &Pages, other: &Pages, engine: &str) -> Outcome<()> {
+    let differing: Vec<String> = copied
+        .keys()
+        .chain(other.keys().filter(|page| !copied.contains_key(page)))
+        .filter(|page| copied.get(page) != other.get(page))
+        .map(|page| difference(*page, ("copy", copied.get(page)), (engine, other.get(page))))
+        .collect();
+    if copied.len() < 10 || !differing.is_empty() {
+        return Err(Failure(format!(
+            "{} of {} pages differ between copy and {engine}:\n{}",
+            differing.len(),
+            copied.len(),
+            differing[..differing.len().min(20)].join("\n")
+        )));
+    }
+    Ok(())
 }

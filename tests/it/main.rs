@@ -2,8 +2,11 @@
 //! End-to-end tests: one module per area, in it one entry per guest (see `guest_tests!`).
 #![forbid(unsafe_code)]
 
+mod chains;
 mod clock;
 mod commands;
+mod copies;
+mod cow;
 mod engines;
 mod epoll;
 mod eventfd;
@@ -12,6 +15,7 @@ mod files;
 mod image_damage;
 mod incremental;
 mod interrupted;
+mod lazy;
 mod locks;
 mod memory;
 mod pipes;
@@ -39,6 +43,8 @@ fn every_kind_has_a_guest_that_needs_it() {
         sockets::proven::KINDS,
         thread::proven::KINDS,
         tty::proven::KINDS,
+        // No guest is restored with it unasked: with_files.rs has its tests.
+        &[ckpt_tests::kinds::SAVED_FILE],
     ]
     .concat();
     let registered = ckpt_engine::resource::REGISTRY.iter().map(|resource| resource.kind().name());

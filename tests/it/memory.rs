@@ -22,4 +22,5 @@ ckpt_tests::guest_tests! {
     jit => Guest::new("mem_jit");
     malloc => Guest::new("mem_malloc");
     reserve => Guest::new("mem_reserve");
+    huge => Guest::new("mem_huge");
 }

@@ -44,6 +44,8 @@ kinds! {
     SHM_FILE = "shm_file";
     /// System V semaphore sets.
     SYSV_SEMAPHORE = "sysv_semaphore";
+    /// Content of files that are written.
+    SAVED_FILE = "saved_file";
     /// Descriptor tables.
     FD_TABLE = "fd_table";
     /// Regular files.

@@ -10,11 +10,14 @@ use crate::{Failure, Outcome};
 /// A page: its object and its offset there.
 pub type Place = (u64, u64);
 
+/// Pages by place.
+pub type Pages = BTreeMap<Place, Vec<u8>>;
+
 /// The stored pages of every object, of an incremental image with all that it is built on. Zero pages that are named count as pages.
 ///
 /// # Errors
 /// The image can't be read.
-pub fn pages_of(image: &Path) -> Outcome<BTreeMap<Place, Vec<u8>>> {
+pub fn pages_of(image: &Path) -> Outcome<Pages> {
     let failure = |error: &dyn std::fmt::Display| Failure(format!("{}: {error}", image.display()));
     let reader = Reader::open(image).map_err(|error| failure(&error))?;
     let mut pages = BTreeMap::new();

@@ -156,15 +156,15 @@ pub fn prove_goes_on(guest: &Guest) {
     });
 }
 
-/// Like [`prove`], with the dump by the test-only engine `spill`, and with the interceptor or not as the guest has it.
+/// Like [`prove`], with the dump by this snapshot engine, and with the interceptor or not as the guest has it.
 ///
 /// # Panics
 /// With a report, when the guest fails or another engine made the dump.
-pub fn prove_with_second_engine(guest: &Guest) {
-    let label = format!("{}-by-spill", guest.label());
+pub fn prove_with_engine(guest: &Guest, engine: &str) {
+    let label = format!("{}-by-{engine}", guest.label());
     each_user(&label, guest.users, |sandbox| {
         with_ready_job(guest, sandbox, |job, nonce| {
-            dump_by(job, "spill", &[])?;
+            dump_by(job, engine, &[])?;
             job.kill()?;
             job.restore(None, &[])?;
             finish(guest, sandbox, job, nonce)
@@ -172,13 +172,14 @@ pub fn prove_with_second_engine(guest: &Guest) {
     });
 }
 
-/// `ckpt dump` by the snapshot engine `engine`, followed by `options`.
+/// `ckpt dump` by the snapshot engine `engine`, followed by `options`. `spill` is for tests only.
 ///
 /// # Errors
 /// The command's report, or that another engine made the dump.
 pub fn dump_by(job: &Job<'_>, engine: &str, options: &[&str]) -> Outcome<()> {
-    let dumped =
-        job.succeed(&[&["dump", &job.name, "--json"], options].concat(), &[(ENGINE_VARIABLE, engine)])?;
+    let choice: &[&str] = if engine == "spill" { &[] } else { &["--engine", engine] };
+    let words = [&["dump", &job.name, "--json"], choice, options].concat();
+    let dumped = job.succeed(&words, &[(ENGINE_VARIABLE, engine)])?;
     let said: serde_json::Value = serde_json::from_str(&dumped.stdout)
         .map_err(|error| Failure(format!("no JSON: {error}\n{}", dumped.report())))?;
     if said.get("engine").and_then(serde_json::Value::as_str) == Some(engine) {

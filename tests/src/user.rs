@@ -8,6 +8,9 @@ use crate::{Failure, Outcome, announce};
 /// The uid and gid that root's tests use as a plain user.
 pub const PLAIN_ID: u32 = 1000;
 
+/// A variable that names the groups which the plain user of root's tests is to be a member of, separated by commas.
+const GROUPS_VARIABLE: &str = "CKPT_TEST_GROUPS";
+
 /// As whom the job of a test runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum User {
@@ -30,7 +33,9 @@ impl User {
     pub fn command_prefix(self) -> Vec<String> {
         if self == User::Plain && nix::unistd::geteuid().is_root() {
             let id = PLAIN_ID;
-            ["setpriv", &format!("--reuid={id}"), &format!("--regid={id}"), "--clear-groups", "--"]
+            let groups = std::env::var(GROUPS_VARIABLE)
+                .map_or("--clear-groups".to_owned(), |groups| format!("--groups={groups}"));
+            ["setpriv", &format!("--reuid={id}"), &format!("--regid={id}"), &groups, "--"]
                 .map(String::from)
                 .to_vec()
         } else {

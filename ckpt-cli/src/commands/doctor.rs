@@ -87,8 +87,15 @@ pub fn run(args: &DoctorArgs, report: &Report) -> Result<ExitCode> {
     };
     let mut findings = vec![kernel_finding()];
     findings.extend(namespace_findings(&probe));
-    findings.extend([tracing_finding(), userfaultfd_finding(), module_finding(), interceptor_finding()]);
+    findings.extend([
+        tracing_finding(),
+        userfaultfd_finding(),
+        module_finding(),
+        engine_finding(),
+        interceptor_finding(),
+    ]);
     findings.push(store_finding(&store_directory(&args.store)?));
+    findings.push(logout_finding(&Session::of_this_process()));
     let diagnosis = Diagnosis { level, kernel: kernel_release(), findings };
     if args.json {
         report.print_json(&diagnosis)?;
@@ -217,15 +224,36 @@ fn userfaultfd_finding() -> Finding {
 }
 
 fn module_finding() -> Finding {
-    match fs::File::open("/dev/ckpt") {
-        Ok(_) => Finding::good("kernel module", "/dev/ckpt is there; this ckpt works without it"),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Finding::good("kernel module", "not loaded; everything works without it")
+    match ckpt_engine::snapshot::kmod::host_obstacle() {
+        None => Finding::good("kernel module", "/dev/ckpt keeps memory for `ckpt dump`"),
+        Some(why) if !std::path::Path::new("/dev/ckpt").exists() => {
+            Finding::good("kernel module", format!("{why}; everything works without it"))
         }
-        Err(error) => Finding::lacking(
+        Some(why) => Finding::lacking(
             "kernel module",
-            format!("/dev/ckpt: {error}; everything works without it"),
-            vec!["let this user read and write /dev/ckpt".to_owned()],
+            format!("{why}; everything works without it"),
+            vec!["add this user to the group ckpt, or load the module that belongs to this ckpt".to_owned()],
+        ),
+    }
+}
+
+/// How memory is kept while it is written.
+fn engine_finding() -> Finding {
+    if ckpt_engine::snapshot::kmod::host_obstacle().is_none() {
+        return Finding::good(
+            "snapshot engine",
+            "kmod: a job goes on while its memory is written; what the module refuses is forked or copied",
+        );
+    }
+    match ckpt_engine::snapshot::cow::host_obstacle() {
+        None => Finding::good(
+            "snapshot engine",
+            "cow: a job goes on while its memory is written; `ckpt dump` says which processes could not be forked",
+        ),
+        Some(why) => Finding::lacking(
+            "snapshot engine",
+            format!("copy: a job stands still while its memory is copied. Not cow: {why}"),
+            vec!["sysctl vm.overcommit_memory=0".to_owned()],
         ),
     }
 }
@@ -253,5 +281,135 @@ fn store_finding(store: &Path) -> Finding {
             format!("{}: {}: {errno}", store.display(), existing.display()),
             vec!["choose another with --store DIR or CKPT_STORE".to_owned()],
         ),
+    }
+}
+
+/// What decides about this process's children when its user logs out.
+#[derive(Clone, Debug, Default)]
+struct Session {
+    /// In the scope of a login session.
+    in_session: bool,
+    /// logind ends such processes with the session.
+    ends_processes: bool,
+    /// The user's manager and runtime directory stay after the last logout.
+    lingers: bool,
+    /// The registry is in a directory that goes with the last logout.
+    runtime_directory: bool,
+    user: String,
+}
+
+impl Session {
+    fn of_this_process() -> Session {
+        let cgroup = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let uid = nix::unistd::geteuid();
+        let user =
+            nix::unistd::User::from_uid(uid).ok().flatten().map_or_else(|| uid.to_string(), |user| user.name);
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR").unwrap_or_default();
+        Session {
+            in_session: is_session_scope(&cgroup),
+            // Root is spared by default (KillExcludeUsers).
+            ends_processes: !uid.is_root() && ends_processes(&logind_settings()),
+            lingers: Path::new("/var/lib/systemd/linger").join(&user).exists(),
+            runtime_directory: Path::new(&runtime).starts_with("/run/user"),
+            user,
+        }
+    }
+}
+
+/// Whether a process with this /proc/pid/cgroup is in the scope of a login session.
+fn is_session_scope(cgroup: &str) -> bool {
+    cgroup.lines().any(|line| {
+        let last = line.rsplit('/').next().unwrap_or_default();
+        last.starts_with("session-") && last.ends_with(".scope")
+    })
+}
+
+/// logind's settings, those that count most last (logind.conf(5)).
+fn logind_settings() -> String {
+    let mut text = String::new();
+    for root in ["/usr/lib/systemd", "/run/systemd", "/etc/systemd"] {
+        text.push_str(&fs::read_to_string(format!("{root}/logind.conf")).unwrap_or_default());
+        text.push('\n');
+    }
+    let mut files: Vec<PathBuf> = ["/usr/lib/systemd", "/run/systemd", "/etc/systemd"]
+        .iter()
+        .flat_map(|root| fs::read_dir(format!("{root}/logind.conf.d")).into_iter().flatten().flatten())
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|ending| ending == "conf"))
+        .collect();
+    // By name, whatever directory they are in.
+    files.sort_by_key(|path| path.file_name().map(ToOwned::to_owned));
+    for file in files {
+        text.push_str(&fs::read_to_string(file).unwrap_or_default());
+        text.push('\n');
+    }
+    text
+}
+
+fn ends_processes(settings: &str) -> bool {
+    let values = settings.lines().filter_map(|line| line.trim().strip_prefix("KillUserProcesses="));
+    values.last().is_some_and(|value| matches!(value.trim(), "yes" | "true" | "1" | "on"))
+}
+
+fn logout_finding(session: &Session) -> Finding {
+    const NAME: &str = "logout";
+    let linger = format!("loginctl enable-linger {}", session.user);
+    if session.in_session && session.ends_processes {
+        return Finding::lacking(
+            NAME,
+            "detached jobs end when you log out (logind's KillUserProcesses=yes)",
+            vec![
+                format!(
+                    "start them outside the session: {linger}, then systemd-run --user --scope ckpt run …"
+                ),
+                "or as a service: see examples/systemd".to_owned(),
+            ],
+        );
+    }
+    if session.in_session && session.runtime_directory && !session.lingers {
+        return Finding::lacking(
+            NAME,
+            "detached jobs go on when you log out, but ckpt does not find them any more: \
+             their registry is in XDG_RUNTIME_DIR, which is removed then",
+            vec![linger],
+        );
+    }
+    Finding::good(NAME, "detached jobs go on")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happens_at_a_logout() {
+        let session = Session {
+            in_session: true,
+            runtime_directory: true,
+            user: "me".to_owned(),
+            ..Session::default()
+        };
+        let found = logout_finding(&session);
+        assert_eq!(
+            (found.ok, found.remedies.as_slice()),
+            (None, &["loginctl enable-linger me".to_owned()][..])
+        );
+        assert_eq!(logout_finding(&Session { lingers: true, ..session.clone() }).ok, Some(true));
+        let killed = logout_finding(&Session { lingers: true, ends_processes: true, ..session.clone() });
+        assert!(killed.ok.is_none() && killed.detail.contains("KillUserProcesses"));
+        assert_eq!(
+            logout_finding(&Session { in_session: false, ends_processes: true, ..session }).ok,
+            Some(true)
+        );
+    }
+
+    #[test]
+    fn settings_of_logind() {
+        assert!(!ends_processes(""));
+        assert!(!ends_processes("[Login]\n#KillUserProcesses=yes\n"));
+        assert!(ends_processes("KillUserProcesses=no\n[Login]\nKillUserProcesses=yes"));
+        assert!(!ends_processes("KillUserProcesses=yes\nKillUserProcesses=no\n"));
+        assert!(is_session_scope("0::/user.slice/user-1000.slice/session-3.scope\n"));
+        assert!(!is_session_scope("0::/user.slice/user-1000.slice/user@1000.service/app.slice/x.scope\n"));
     }
 }

@@ -4,11 +4,12 @@
 use std::num::NonZeroU64;
 
 use anyhow::{Context as _, Result};
-use ckpt_engine::dump::{DumpRequest, Phases, dump};
+use ckpt_engine::dump::{DumpRequest, dump};
 use ckpt_engine::error::DumpError;
 use ckpt_engine::snapshot::Engine;
 use ckpt_engine::snapshot::copy::Copy;
 use ckpt_engine::snapshot::cow::Cow;
+use ckpt_engine::snapshot::kmod::{self, Kmod};
 use ckpt_engine::track;
 use ckpt_image::store::{Claim, Store, free_bytes};
 use ckpt_image::{Compression, WriteError};
@@ -24,6 +25,8 @@ struct Outcome<'a> {
     path: &'a std::path::Path,
     bytes: u64,
     pause_ns: u64,
+    /// Each phase of the dump; those from "stop" to "resume" make up the pause.
+    phases_ns: std::collections::BTreeMap<&'a str, u64>,
     processes: usize,
     threads: usize,
     memory_bytes: u64,
@@ -34,8 +37,7 @@ struct Outcome<'a> {
     incremental: Option<Changes<'a>>,
     engine_reasons: &'a [String],
     held_bytes: u64,
-    duplicated_bytes: u64,
-    phases_ns: Phases,
+    duplicated_bytes: Option<u64>,
     warnings: &'a [String],
 }
 
@@ -53,7 +55,14 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let name = &args.name;
     let job = ckpt_job::status(name)?;
     let _lock = ckpt_job::lock_for_dump(name)?;
+    if job.status.missing_memory.is_some() {
+        report.progress(&format!("{name}: waiting for memory that is still in the checkpoint it came from"));
+        ckpt_job::settle(name)?;
+        report.clear();
+    }
+    let engine = engine(args)?;
     let info = job_info::of(&job);
+    let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
     ckpt_engine::dump::check(&info)?;
     let root = if args.store.store.is_some() {
@@ -72,7 +81,6 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             store.claim(name.as_str())?
         }
     };
-    let engine = engine(args);
     let outcome = dump(DumpRequest {
         info,
         dir: claim.dir(),
@@ -84,6 +92,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         engine: engine.as_ref(),
         stop: args.stop,
         incremental,
+        with_files: args.with_files || with_files,
         io_limit: args.io_limit,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {
@@ -103,7 +112,13 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     ckpt_sys::hook::point();
     let path = claim.publish()?;
     ckpt_sys::hook::point();
+    let checkpoint = number.map_or_else(|| path.display().to_string(), |n| format!("{name}@{n}"));
     if args.stop {
+        // For whoever waits for the job's end; not worth an error, as the job is saved.
+        let noted = ckpt_job::Registry::open().and_then(|registry| registry.write_saved(name, &checkpoint));
+        if let Err(error) = noted {
+            report.warning(&error.to_string());
+        }
         outcome.stop_job();
         // Its name is free when this returns.
         let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
@@ -126,18 +141,24 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         }
     }
     ckpt_sys::hook::report();
-    let checkpoint = number.map_or_else(|| path.display().to_string(), |n| format!("{name}@{n}"));
     let bytes = outcome.summary.records_bytes + outcome.summary.pages_bytes;
     for w in &outcome.warnings {
         report.warning(w);
     }
+    if args.engine == EngineChoice::Auto
+        && let Some(why) = why_not_kmod(args)
+    {
+        outcome.account.reasons.push(format!("kmod: {why}"));
+    }
     let account = &outcome.account;
     if args.json {
+        let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
         report.print_json(&Outcome {
             checkpoint: &checkpoint,
             path: &path,
             bytes,
-            pause_ns: u64::try_from(outcome.pause.as_nanos()).unwrap_or(u64::MAX),
+            pause_ns: ns(outcome.pause),
+            phases_ns: outcome.phases.all.iter().map(|(name, took)| (*name, ns(*took))).collect(),
             processes: outcome.processes,
             threads: outcome.threads,
             memory_bytes: outcome.memory_bytes,
@@ -145,7 +166,6 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             engine_reasons: &account.reasons,
             held_bytes: account.held_bytes,
             duplicated_bytes: account.duplicated_bytes,
-            phases_ns: outcome.phases,
             parent,
             incremental: args.incremental.then_some(Changes {
                 dirty_pages: counts.0,
@@ -159,13 +179,14 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         let pause = outcome.pause.as_secs_f64() * 1000.0;
         let (processes, threads) = (outcome.processes, outcome.threads);
         let mib = |bytes: u64| bytes as f64 / 1_048_576.0;
+        let duplicated =
+            account.duplicated_bytes.map_or("an unknown amount".to_owned(), |n| format!("{:.1} MiB", mib(n)));
         report.print(&format!(
             "{checkpoint}: {:.1} MiB, {processes} processes, {threads} threads, stood still for {pause:.1} ms\n\
-             engine {}: {:.1} MiB copied while it stood still, {:.1} MiB duplicated since",
+             engine {}: {:.1} MiB copied while it stood still, {duplicated} duplicated since",
             mib(bytes),
             account.engine,
-            mib(account.held_bytes),
-            mib(account.duplicated_bytes)
+            mib(account.held_bytes)
         ));
         if let Some(parent) = parent {
             let (dirty, same) = counts;
@@ -180,18 +201,31 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn engine(args: &DumpArgs) -> Box<dyn Engine> {
+fn engine(args: &DumpArgs) -> Result<Box<dyn Engine>, DumpError> {
     // Tests may choose an engine that shares nothing with the others but the seam, and keeps that honest.
     #[cfg(feature = "test-hooks")]
     if std::env::var_os("CKPT_TEST_ENGINE").is_some_and(|v| v == "spill") {
-        return Box::new(ckpt_engine::snapshot::spill::Spill);
+        return Ok(Box::new(ckpt_engine::snapshot::spill::Spill));
     }
     match args.engine {
+        EngineChoice::Auto if why_not_kmod(args).is_none() => Ok(Box::new(Kmod)),
         EngineChoice::Auto | EngineChoice::Cow => {
             let duplicate_limit_bytes = args.duplicate_limit.map(NonZeroU64::get);
-            Box::new(Cow { duplicate_limit_bytes })
+            Ok(Box::new(Cow { duplicate_limit_bytes }))
         }
-        EngineChoice::Copy => Box::new(Copy),
+        EngineChoice::Kmod => match why_not_kmod(args) {
+            None => Ok(Box::new(Kmod)),
+            Some(why) => Err(DumpError::NoEngine { engine: kmod::NAME, why }),
+        },
+        EngineChoice::Copy => Ok(Box::new(Copy)),
+    }
+}
+
+/// Why the kernel module is not used, if so.
+fn why_not_kmod(args: &DumpArgs) -> Option<String> {
+    match args.duplicate_limit {
+        Some(_) => Some("--duplicate-limit is kept by the engine cow alone".to_owned()),
+        None => kmod::host_obstacle(),
     }
 }
 
@@ -200,6 +234,7 @@ pub fn code_of(error: &DumpError) -> Option<ExitCode> {
     match error {
         DumpError::Refused(_) => Some(ExitCode::REFUSED),
         DumpError::JobEnded => Some(ExitCode::NOT_FOUND),
+        DumpError::NoEngine { .. } => Some(ExitCode::HOST_CANNOT),
         DumpError::Space { .. } => Some(ExitCode::NO_SPACE),
         DumpError::Image(WriteError::Io { source, .. }) if crate::exit_code::is_storage(source) => {
             Some(ExitCode::NO_SPACE)

@@ -31,6 +31,13 @@ fn text(d: &Description, path: &std::path::Path) -> String {
     for root in d.processes.iter().filter(|p| !d.processes.iter().any(|q| q.pid == p.parent)) {
         tree(d, root.pid, 1, &mut out);
     }
+    if d.images.len() > 1 {
+        out.push(String::new());
+        out.push("Images (incremental: the newest first, each built on the next)".to_owned());
+        out.extend(d.images.iter().map(|i| {
+            format!("  {}  {} KiB, of which {} KiB are in use", i.path, i.bytes / 1024, i.memory_bytes / 1024)
+        }));
+    }
     out.push(String::new());
     out.push("Memory".to_owned());
     for p in &d.processes {

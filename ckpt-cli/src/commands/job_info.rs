@@ -39,5 +39,6 @@ pub fn of(job: &LiveJob) -> JobInfo {
         sysv_objects: s.sysv_objects,
         semaphore_sets: s.semaphore_sets,
         tracked: tracked(&r.name),
+        mergeable: r.mergeable,
     }
 }

@@ -4,7 +4,7 @@
 use std::time::UNIX_EPOCH;
 
 use anyhow::Result;
-use ckpt_image::store::{CheckpointEntry, Store};
+use ckpt_image::store::{CheckpointEntry, Store, built_on};
 
 use crate::args::ListArgs;
 use crate::commands::store_directory;
@@ -19,10 +19,18 @@ struct Row<'a> {
     path: &'a std::path::Path,
     bytes: u64,
     created_unix: u64,
+    /// Number of the checkpoint that it is built on.
+    parent: Option<u64>,
+    /// Images that a restore of it reads; none: one of them is missing.
+    images: Option<usize>,
 }
 
 fn created(e: &CheckpointEntry) -> u64 {
     e.created.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+fn images(e: &CheckpointEntry, entries: &[CheckpointEntry]) -> Option<usize> {
+    built_on(e, entries).map(|below| below.len() + 1)
 }
 
 /// Runs the command.
@@ -42,6 +50,8 @@ pub fn run(args: &ListArgs, report: &Report) -> Result<ExitCode> {
                 path: &e.path,
                 bytes: e.bytes,
                 created_unix: created(e),
+                parent: e.parent.map(|p| p.number),
+                images: images(e, &entries),
             })
             .collect();
         report.print_json(&rows)?;
@@ -52,10 +62,19 @@ pub fn run(args: &ListArgs, report: &Report) -> Result<ExitCode> {
         .iter()
         .map(|e| {
             let size = format!("{:.1} MiB", e.bytes as f64 / 1_048_576.0);
-            vec![format!("{}@{}", e.job, e.number), size, age(now.saturating_sub(created(e)))]
+            let built_on = match (e.parent, images(e, &entries)) {
+                (None, _) => String::new(),
+                (Some(parent), Some(images)) => format!("@{} ({images} images)", parent.number),
+                (Some(parent), None) => format!("@{} (missing)", parent.number),
+            };
+            vec![format!("{}@{}", e.job, e.number), size, age(now.saturating_sub(created(e))), built_on]
         })
         .collect();
-    report.print(&table(&["CHECKPOINT", "SIZE", "AGE"], &rows));
+    let mut header = vec!["CHECKPOINT", "SIZE", "AGE"];
+    if entries.iter().any(|e| e.parent.is_some()) {
+        header.push("BUILT ON");
+    }
+    report.print(&table(&header, &rows));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -3,21 +3,24 @@
 
 use std::ffi::OsString;
 use std::io::{self};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use ckpt_engine::error::RestoreError;
 use ckpt_engine::restore::read::Image;
-use ckpt_engine::restore::{FilePolicy, RestoreOptions, plan};
+use ckpt_engine::restore::{FilePolicy, RestoreOptions, page_keeper, plan};
 use ckpt_image::store::Store;
 use ckpt_job::launch::LaunchEvent;
+use ckpt_job::policy::Supervised;
 use ckpt_job::spec::TimeTarget;
-use ckpt_job::{JobName, LaunchSpec, Work};
+use ckpt_job::{Job, JobName, LaunchSpec, Registry, Work};
 
-use crate::args::{FilesPolicy, RestoreArgs};
+use crate::args::{AsCopy, FilesPolicy, RestoreArgs};
+use crate::commands::copies;
 use crate::commands::run::{log_path, stay};
-use crate::commands::store_directory;
+use crate::commands::{store_directory, supervise};
 use crate::exit_code::ExitCode;
 use crate::report::Report;
 
@@ -28,6 +31,10 @@ pub struct RestoreWork {
     pub label: String,
     /// The decisions.
     pub options: RestoreOptions,
+    /// The second descriptor that is passed is the socket of a page keeper.
+    pub lazy: bool,
+    /// The last one is the gate to wait at before the job runs.
+    pub gate: bool,
 }
 
 #[derive(serde::Serialize)]
@@ -37,16 +44,121 @@ struct Outcome<'a> {
     init_pid: i32,
     main_pid: i32,
     log: &'a std::path::Path,
+    /// What init says of the restore: how long its phases took.
+    #[serde(flatten)]
+    details: &'a serde_json::Value,
+}
+
+/// What to restore, and how.
+pub struct Request<'a> {
+    /// The checkpoint's directory.
+    pub path: PathBuf,
+    /// Another name for the job than it had.
+    pub name: Option<JobName>,
+    /// Where the restored job's checkpoints and its log go.
+    pub store: PathBuf,
+    /// What to do about changed files.
+    pub files: Option<FilesPolicy>,
+    /// Paths whose change is accepted.
+    pub allow_changed: &'a [PathBuf],
+    /// Put files back whose content is in the image.
+    pub rollback_files: bool,
+    /// It runs at once, and its memory comes when it is touched.
+    pub lazy: bool,
+    /// Nobody stays with the job.
+    pub detach: bool,
+    /// One of several copies: where to wait for the others, and whether the kernel is to look for pages that they share.
+    pub copy: Option<(OwnedFd, bool)>,
+    /// What a supervisor is to do.
+    pub supervised: Option<Supervised>,
+    /// It is its supervisor who starts the job again.
+    pub by_supervisor: bool,
+}
+
+/// A job that was restored.
+pub struct Restored {
+    /// It.
+    pub job: Job,
+    /// Its command.
+    pub command: Vec<OsString>,
+    /// The checkpoint's name in messages.
+    pub label: String,
 }
 
 /// Runs the command.
 pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
+    supervise::divert(args.by_supervisor, report)?;
+    if let Some(number) = args.copies {
+        return copies::run(args, number, report);
+    }
     let store = store_directory(&args.store)?;
     let spec = args.checkpoint.to_str().context("the checkpoint's name is not valid UTF-8")?;
-    let path = Store::open(&store)?.resolve(spec)?;
+    let by_supervisor = args.by_supervisor.is_some();
+    let supervised = match &args.name {
+        Some(name) if by_supervisor => Some(Registry::open()?.supervised(name)?),
+        _ => None,
+    };
+    let request = Request {
+        path: Store::open(&store)?.resolve(spec)?,
+        name: args.name.clone(),
+        store,
+        files: args.files,
+        allow_changed: &args.allow_changed,
+        rollback_files: args.rollback_files,
+        lazy: args.lazy,
+        detach: args.detach,
+        copy: match args.as_copy {
+            None => None,
+            Some(how) => Some((copies::own_gate()?, how == AsCopy::Mergeable)),
+        },
+        supervised,
+        by_supervisor,
+    };
+    let Restored { job, label, .. } = start(request, report)?;
+    if by_supervisor {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let name = job.name.clone();
+    if args.json {
+        report.print_json(&Outcome {
+            name: &name,
+            checkpoint: &label,
+            init_pid: job.init_pid,
+            main_pid: job.main_pid,
+            log: &job.log,
+            details: &job.details,
+        })?;
+    }
+    if args.detach {
+        if !args.json {
+            report.note(&format!("job {name} goes on; its output goes to {}", job.log.display()));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    stay(job, report)
+}
+
+/// Brings a job back; it runs when this returns.
+///
+/// # Errors
+/// Then nothing is left of it.
+pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
+    let Request {
+        path,
+        name,
+        store,
+        files,
+        allow_changed,
+        rollback_files,
+        lazy,
+        copy,
+        detach,
+        supervised,
+        by_supervisor,
+    } = request;
     let image = Image::open(&path)?;
-    let name = match &args.name {
-        Some(name) => name.clone(),
+    let name = match name {
+        Some(name) => name,
         None => image.job.name.parse::<JobName>().map_err(|e| RestoreError::Record(e.to_string()))?,
     };
     let live: Vec<(String, i32)> =
@@ -58,30 +170,33 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
     let work = RestoreWork {
         label: path.display().to_string(),
         options: RestoreOptions {
-            files: match args.files {
+            files: match files {
                 None => FilePolicy::Auto,
                 Some(FilesPolicy::Keep) => FilePolicy::Keep,
                 Some(FilesPolicy::Rollback) => FilePolicy::Rollback,
                 Some(FilesPolicy::Refuse) => FilePolicy::Refuse,
             },
-            allow_changed: args
-                .allow_changed
+            allow_changed: allow_changed
                 .iter()
                 .map(|p| std::path::absolute(p).map(|p| p.to_string_lossy().into_owned()))
                 .collect::<io::Result<_>>()?,
+            mergeable: copy.as_ref().is_some_and(|(_, mergeable)| *mergeable),
+            rollback_files,
         },
+        lazy,
+        gate: copy.is_some(),
     };
     let dir = std::fs::File::open(&path).with_context(|| format!("opening {}", path.display()))?;
     let window = ckpt_sys::pty::window_size(io::stdin().as_fd()).ok().map(|size| (size.rows, size.columns));
     let text = |bytes: &[u8]| (!bytes.is_empty()).then(|| OsString::from_vec(bytes.to_vec()));
     let launch = LaunchSpec {
         log: log_path(&store, &name),
-        name: name.clone(),
+        name,
         store,
         work: Work::Restore(serde_json::to_value(&work)?),
         tty: image.job.tty,
         window,
-        detach: args.detach,
+        detach,
         interceptor: None,
         hostname: text(&image.job.hostname),
         domainname: text(&image.job.domainname).filter(|d| d != "(none)"),
@@ -91,30 +206,24 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         }),
         restored_from: Some(path.display().to_string()),
         restored_command: image.job.argv.iter().map(|a| String::from_utf8_lossy(a).into_owned()).collect(),
+        mergeable: work.options.mergeable,
+        supervised,
+        by_supervisor,
+        with_files: rollback_files,
     };
+    let command = image.job.argv.iter().map(|word| OsString::from_vec(word.clone())).collect();
     drop(image);
-    let job = ckpt_job::launch(launch, vec![dir.into()], |event| match event {
+    let mut pass = vec![dir.into()];
+    if lazy {
+        pass.push(page_keeper::fork().context("preparing a lazy restore")?);
+    }
+    pass.extend(copy.map(|(gate, _)| gate));
+    let job = ckpt_job::launch(launch, pass, |event| match event {
         LaunchEvent::Progress(text) => report.progress(&text),
         LaunchEvent::Warning(text) => report.warning(&text),
     });
     report.clear();
-    let job = job?;
-    if args.json {
-        report.print_json(&Outcome {
-            name: &name,
-            checkpoint: &work.label,
-            init_pid: job.init_pid,
-            main_pid: job.main_pid,
-            log: &job.log,
-        })?;
-    }
-    if args.detach {
-        if !args.json {
-            report.note(&format!("job {name} goes on; its output goes to {}", job.log.display()));
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
-    stay(job, report)
+    Ok(Restored { job: job?, command, label: work.label })
 }
 
 /// The exit code for a checkpoint that can't be read.

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `ckpt rm`: remove checkpoints.
 
-use anyhow::{Context as _, Result};
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::Result;
 use ckpt_image::store::Store;
 
 use crate::args::RmArgs;
@@ -12,22 +14,23 @@ use crate::report::Report;
 /// Runs the command.
 pub fn run(args: &RmArgs, report: &Report) -> Result<ExitCode> {
     let store = Store::open(&store_directory(&args.store)?)?;
+    // What does not exist is an error before anything is removed.
+    let mut doomed: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
     for spec in &args.checkpoints {
-        // What does not exist is an error before anything is removed for this argument.
-        store.resolve(spec)?;
-        let (job, number) = match spec.split_once('@') {
-            Some((job, n)) => (job, Some(n.parse::<u64>().with_context(|| format!("{spec}: no number"))?)),
-            None => (spec.as_str(), None),
+        let (job, number) = store.checkpoint(spec)?;
+        let numbers = match spec.contains('@') {
+            true => vec![number],
+            false => store.list_job(&job)?.iter().map(|e| e.number).collect(),
         };
-        let numbers: Vec<u64> = match number {
-            Some(n) => vec![n],
-            None => store.list_job(job)?.iter().map(|e| e.number).collect(),
-        };
-        for n in numbers {
-            store.remove(job, n)?;
+        doomed.entry(job).or_default().extend(numbers);
+    }
+    for (job, numbers) in doomed {
+        // Incremental checkpoints before those that they are built on.
+        for n in numbers.into_iter().rev() {
+            store.remove(&job, n)?;
             report.print(&format!("removed {job}@{n}"));
         }
-        store.sweep(job)?;
+        store.sweep(&job)?;
     }
     Ok(ExitCode::SUCCESS)
 }

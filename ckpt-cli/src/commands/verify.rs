@@ -3,8 +3,8 @@
 
 use anyhow::{Context as _, Result};
 use ckpt_engine::restore::read::Image;
-use ckpt_image::ReadError;
 use ckpt_image::store::Store;
+use ckpt_image::{ImageInfo, ReadError, Reader};
 
 use crate::args::VerifyArgs;
 use crate::commands::store_directory;
@@ -16,6 +16,15 @@ struct Outcome<'a> {
     path: &'a std::path::Path,
     whole: bool,
     bytes: u64,
+    /// The images that were checked: this one, and those that it is built on.
+    images: Vec<Link<'a>>,
+}
+
+#[derive(serde::Serialize)]
+struct Link<'a> {
+    path: &'a str,
+    bytes: u64,
+    parent: Option<u64>,
 }
 
 /// Runs the command.
@@ -29,11 +38,27 @@ pub fn run(args: &VerifyArgs, report: &Report) -> Result<ExitCode> {
     ckpt_engine::describe::describe(&image)?;
     let bytes = image.reader.total_bytes();
     if args.json {
-        report.print_json(&Outcome { path: &path, whole: true, bytes })?;
+        let images = image.reader.images().map(link).collect();
+        report.print_json(&Outcome { path: &path, whole: true, bytes, images })?;
     } else {
-        report.print(&format!("{}: whole, {bytes} bytes checked", path.display()));
+        report.print(&format!("{}: whole, {bytes} bytes checked{}", path.display(), chain(&image.reader)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn link(i: ImageInfo<'_>) -> Link<'_> {
+    Link { path: i.path, bytes: i.bytes, parent: i.parent.map(|p| p.number) }
+}
+
+/// Of what else it consists, if it is incremental.
+fn chain(reader: &Reader) -> String {
+    let below: Vec<&str> = reader.images().skip(1).map(|image| image.path).collect();
+    match below.as_slice() {
+        [] => String::new(),
+        below => {
+            format!(" in {} images, with those that it is built on: {}", below.len() + 1, below.join(", "))
+        }
+    }
 }
 
 /// The exit code for an image that can't be read.

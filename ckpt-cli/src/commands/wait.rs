@@ -8,5 +8,8 @@ use crate::exit_code::ExitCode;
 
 /// Runs the command.
 pub fn run(args: &WaitArgs) -> Result<ExitCode> {
-    Ok(ExitCode::of_job(ckpt_job::wait(&args.name, args.all)?.status))
+    match ckpt_job::client::wait_through(&args.name, args.all) {
+        (_, Some(_)) => Ok(ExitCode::SAVED),
+        (ended, None) => Ok(ExitCode::of_job(ended?.status)),
+    }
 }

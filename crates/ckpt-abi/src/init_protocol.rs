@@ -59,6 +59,12 @@ pub enum Kind {
     /// Request: give what is kept. With `arg` 0 it is given away, with 1 a copy stays. Answered by one [`Kind::Kept`] for each part,
     /// then [`Kind::Done`].
     Take = 0x0008,
+    /// Request: tell me of every signal that is to make a dump ([`Kind::DumpSignal`]), also of those that came before
+    /// anybody asked. Answered by [`Kind::Done`]. The latest who asks is told.
+    Supervise = 0x0009,
+    /// Request: tell when nothing of the job depends on the checkpoint any more that it was restored from; until then memory is fetched
+    /// as fast as possible. Answered by [`Kind::Done`], possibly much later.
+    Settle = 0x000a,
     /// Bytes of the terminal, in both directions, in the payload. No answer.
     Data = 0x0010,
 
@@ -75,6 +81,10 @@ pub enum Kind {
     Detached = 0x8004,
     /// Reply to [`Kind::Take`]: a part, with its descriptors, as it came with [`Kind::Keep`].
     Kept = 0x8005,
+    /// Notice to whoever supervises: signal `arg` was sent to the job and did not reach it, as it is to make a dump.
+    DumpSignal = 0x8006,
+    /// Notice, to who waits or is attached: why the job is being ended; UTF-8.
+    Notice = 0x8007,
 
     /// Start, to the launching process: a line of progress, UTF-8.
     LaunchProgress = 0x9000,
@@ -82,7 +92,7 @@ pub enum Kind {
     LaunchWarning = 0x9001,
     /// Start: from here on the job lives on its own; `arg` is unused.
     LaunchCommitted = 0x9002,
-    /// Start: the job runs; `arg` is the pid of its main process inside the job.
+    /// Start: the job runs; `arg` is the pid of its main process inside the job, the payload JSON about the start.
     LaunchStarted = 0x9003,
     /// Start: it failed; `arg` is the class of the failure, the payload says why (UTF-8).
     LaunchFailed = 0x9004,
@@ -90,7 +100,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind that this build knows.
-    pub const ALL: [Kind; 20] = [
+    pub const ALL: [Kind; 24] = [
         Kind::Status,
         Kind::Kill,
         Kind::Wait,
@@ -99,6 +109,8 @@ impl Kind {
         Kind::Detach,
         Kind::Keep,
         Kind::Take,
+        Kind::Supervise,
+        Kind::Settle,
         Kind::Data,
         Kind::Done,
         Kind::Error,
@@ -106,6 +118,8 @@ impl Kind {
         Kind::Exited,
         Kind::Detached,
         Kind::Kept,
+        Kind::DumpSignal,
+        Kind::Notice,
         Kind::LaunchProgress,
         Kind::LaunchWarning,
         Kind::LaunchCommitted,

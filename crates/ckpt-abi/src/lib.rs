@@ -6,3 +6,4 @@
 
 pub mod init_protocol;
 pub mod interceptor;
+pub mod kmod;

@@ -16,12 +16,27 @@ use std::collections::BTreeMap;
 pub struct Description {
     /// The job.
     pub job: String,
+    /// The images that it consists of: this one, and, if it is incremental, those that it is built on, nearest first.
+    pub images: Vec<ImageDescription>,
     /// Its processes.
     pub processes: Vec<ProcessDescription>,
     /// Shared memory, memfds, deleted files, files in /dev/shm.
     pub objects: Vec<String>,
     /// Every record: kind, owner, words.
     pub records: Vec<RecordDescription>,
+}
+
+/// An image of a chain.
+#[derive(Debug, serde::Serialize)]
+pub struct ImageDescription {
+    /// Its directory.
+    pub path: String,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Number of the checkpoint that it is built on.
+    pub parent: Option<u64>,
+    /// Bytes of memory that are taken from it.
+    pub memory_bytes: u64,
 }
 
 /// A process.
@@ -75,7 +90,9 @@ pub fn describe(image: &Image) -> Result<Description, RestoreError> {
         let what = of(kind).describe(r)?;
         match kind {
             Kind::Job => job = what.clone(),
-            Kind::SharedObject | Kind::ShmFile | Kind::SysvSemaphore => objects.push(what.clone()),
+            Kind::SharedObject | Kind::ShmFile | Kind::SysvSemaphore | Kind::SavedFile => {
+                objects.push(what.clone())
+            }
             Kind::FdTable | Kind::FileLock => {}
             k if k as u16 > Kind::FdTable as u16 => {
                 files.insert(r.owner, (kind.name(), what.clone()));
@@ -112,5 +129,21 @@ pub fn describe(image: &Image) -> Result<Description, RestoreError> {
             descriptors,
         });
     }
-    Ok(Description { job, processes, objects, records })
+    Ok(Description { job, images: images(image), processes, objects, records })
+}
+
+fn images(image: &Image) -> Vec<ImageDescription> {
+    let mut memory_bytes = vec![0; image.reader.images().len()];
+    for run in image.reader.objects().flat_map(|o| o.runs).filter(|r| r.kind == RunKind::Data) {
+        memory_bytes[run.image()] += run.bytes;
+    }
+    let images = image.reader.images().zip(memory_bytes);
+    images
+        .map(|(i, memory_bytes)| ImageDescription {
+            path: i.path.to_owned(),
+            bytes: i.bytes,
+            parent: i.parent.map(|p| p.number),
+            memory_bytes,
+        })
+        .collect()
 }

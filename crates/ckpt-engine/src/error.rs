@@ -121,6 +121,14 @@ pub enum DumpError {
         /// Bytes available.
         available_bytes: u64,
     },
+    /// The snapshot engine that was asked for can't be used.
+    #[error("--engine {engine} can't be used: {why}; without the option the best engine that can is used")]
+    NoEngine {
+        /// Its name.
+        engine: &'static str,
+        /// Why not.
+        why: String,
+    },
     /// A frozen copy is gone.
     #[error(
         "the frozen copy of pid {pid} was killed before all of it was written, by the OOM killer or by somebody else; the \

@@ -58,6 +58,8 @@ kinds! {
     ShmFile = 15, "shm_file";
     /// System V semaphore sets.
     SysvSemaphore = 16, "sysv_semaphore";
+    /// Content of files that the job is writing.
+    SavedFile = 24, "saved_file";
     /// Descriptor tables.
     FdTable = 32, "fd_table";
     /// Regular files.

@@ -29,8 +29,8 @@ use ckpt_engine::resource::shared_object::Origin;
 use ckpt_engine::resource::signal::Action;
 use ckpt_engine::resource::timer::PosixTimer;
 use ckpt_engine::resource::{
-    attribute, credential, fs_context, job, limit, memory_map, pending_signal, process, rseq, scheduler,
-    shared_object, shm_file, signal, sysv_semaphore, thread, timer,
+    attribute, credential, fs_context, job, limit, memory_map, pending_signal, process, rseq, saved_file,
+    scheduler, shared_object, shm_file, signal, sysv_semaphore, thread, timer,
 };
 use ckpt_image::codec::{self, Decode, Encode};
 use std::collections::BTreeMap;
@@ -334,6 +334,18 @@ fn of_descriptors() -> Vec<Sample> {
                 stat: stat(),
                 object: Some(1),
                 ends: Some(2),
+            },
+        ),
+        sample(
+            Kind::SavedFile,
+            saved_file::VERSION,
+            "saved",
+            &saved_file::SavedFileRecord {
+                path: b"/f".to_vec(),
+                stat: stat(),
+                owner: (1, 2),
+                mapped: true,
+                object: Some(3),
             },
         ),
         sample(

@@ -84,6 +84,10 @@ impl Packer {
         Ok(Packer { compression, zstd, buffer: Vec::new() })
     }
 
+    pub(crate) fn compression(&self) -> Compression {
+        self.compression
+    }
+
     /// The packed form of `raw`, or `None` when packing would not make it smaller.
     pub(crate) fn pack(&mut self, raw: &[u8]) -> Option<&[u8]> {
         // A result that does not fit into less than the raw size is useless, so that is all the room there is.

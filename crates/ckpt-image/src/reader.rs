@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -214,6 +215,11 @@ pub(crate) fn open_parent(
     }
 }
 
+/// Device and inode.
+fn identity(of: std::io::Result<std::fs::Metadata>) -> Option<(u64, u64)> {
+    of.ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
 impl Reader {
     /// Opens the image in `dir`; reads and checks all of `records` and the header and size of `pages`. An incremental
     /// image takes those below it in the chain along: they lie in the directories `../<number>` of each other.
@@ -222,8 +228,16 @@ impl Reader {
     /// Every [`ReadError`]; the image is not usable then.
     pub fn open(dir: &Path) -> Result<Reader, ReadError> {
         let label = dir.display().to_string();
-        let fd = open_dir(dir, &label)?;
-        Reader::open_at(fd, &label)
+        loop {
+            let fd = File::from(open_dir(dir, &label)?);
+            let identity = identity(fd.metadata());
+            let opened = Reader::open_at(fd.into(), &label);
+            // A squash has put another directory in its place, and is taking this one away: look there.
+            if opened.is_err() && identity.is_some() && identity != self::identity(std::fs::metadata(dir)) {
+                continue;
+            }
+            return opened;
+        }
     }
 
     /// As [`Reader::open`], for a directory already open (from another mount namespace, for example) that

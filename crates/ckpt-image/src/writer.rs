@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, IoSlice, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -14,19 +14,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
-use crate::compression::{Compression, Packer};
+use crate::compression::Compression;
 use crate::error::WriteError;
 use crate::format::{
-    self, Digest, End, FIRST_RESERVED_KIND, FORMAT_VERSION, Frame, HOST_ARCH, HeaderInfo,
-    INCREMENTAL_RUNS_VERSION, INTERNAL_VERSION, KIND_END, KIND_PARENT, KIND_RUNS, Listed, MAX_BODY_BYTES,
-    MAX_CHAIN_IMAGES, MAX_RECORDS_FILE_BYTES, MAX_RUN_PAGES, MAX_RUNS_PER_FRAME, PAGE_SIZE, PAGES_FILE,
-    Parent, RECORDS_FILE, RUN_BYTES, RunEntry,
+    self, Digest, End, FIRST_RESERVED_KIND, FORMAT_VERSION, HOST_ARCH, HeaderInfo, INTERNAL_VERSION,
+    KIND_END, KIND_PARENT, Listed, MAX_BODY_BYTES, MAX_CHAIN_IMAGES, PAGE_SIZE, PAGES_FILE, Parent,
+    RECORDS_FILE, RunEntry,
 };
+use crate::pipeline::{BUFFER_BYTES, Batch, Buffer, BufferPool, Piece, Pipeline, Sink};
 use crate::reader;
-
-/// Small runs are gathered to writes of this size.
-const BUFFER_BYTES: usize = 1 << 20;
-static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
 /// What to do with pages that are all zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,22 +75,22 @@ pub struct Summary {
 }
 
 /// An image being written. Dropping it leaves an incomplete image, which no reader accepts.
+///
+/// Content is examined, packed and written by threads beside the caller's, in the order of the calls. So an error
+/// may come with a later call, or with [`Writer::finish`].
 pub struct Writer {
     dir: OwnedFd,
     label: PathBuf,
-    records: BufWriter<File>,
-    pages: BufWriter<File>,
-    packer: Option<Packer>,
-    compression: Compression,
-    digest: Digest,
-    index: Vec<u8>,
+    pipeline: Pipeline,
+    /// Small pieces on their way.
+    batch: Batch,
     /// A SAME run that may still grow.
     same: Option<RunEntry>,
+    same_pages: u64,
     covered: Covered,
     /// Pages of the parent's objects that are in use.
     covered_in_parent: Covered,
     parent: Option<Parent>,
-    summary: Summary,
     failed: bool,
 }
 
@@ -161,9 +157,12 @@ impl Writer {
         // Whoever removes checkpoints holds the names while he looks for children and hides what has none.
         let names_held = crate::store::hold_names(File::from(beside));
         check_parent(&dir, label, parent)?;
-        let mut writer = Writer::start(dir, label, cpu_features, compression, identity, Some(parent))?;
-        let flushed = writer.records.flush();
-        writer.written(RECORDS_FILE, flushed)?;
+        let writer =
+            Writer::start(dir, label, new_header(cpu_features, compression, identity), Some(parent))?;
+        let mut sink = writer.pipeline.sink();
+        let flushed = sink.records.flush();
+        sink.written(RECORDS_FILE, flushed)?;
+        drop(sink);
         // Where names cannot be held, one of the two sees the other.
         check_parent(&writer.dir, label, parent)?;
         drop(names_held);
@@ -181,67 +180,68 @@ impl Writer {
         compression: Compression,
         identity: Identity,
     ) -> Result<Writer, WriteError> {
-        Writer::start(dir, label, cpu_features, compression, identity, None)
+        Writer::start(dir, label, new_header(cpu_features, compression, identity), None)
+    }
+
+    /// Starts a full image with the header of another one, so that it can take its place: id, creation time, machine.
+    pub(crate) fn create_in_place_of(
+        dir: OwnedFd,
+        label: &Path,
+        header: &HeaderInfo,
+        compression: Compression,
+    ) -> Result<Writer, WriteError> {
+        Writer::start(dir, label, HeaderInfo { version: FORMAT_VERSION, compression, ..header.clone() }, None)
     }
 
     fn start(
         dir: OwnedFd,
         label: &Path,
-        cpu_features: [u8; 64],
-        compression: Compression,
-        identity: Identity,
+        info: HeaderInfo,
         parent: Option<Parent>,
     ) -> Result<Writer, WriteError> {
         let create = |name: &str| {
             let flags =
                 OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-            openat(dir.as_fd(), name, flags, Mode::S_IRUSR | Mode::S_IWUSR)
-                .map(|fd| BufWriter::with_capacity(BUFFER_BYTES, File::from(fd)))
-                .map_err(|errno| WriteError::Io {
-                    path: label.join(name),
-                    action: "create the file",
-                    source: errno.into(),
-                })
+            openat(dir.as_fd(), name, flags, Mode::S_IRUSR | Mode::S_IWUSR).map(File::from).map_err(|errno| {
+                WriteError::Io { path: label.join(name), action: "create the file", source: errno.into() }
+            })
         };
-        let records = create(RECORDS_FILE)?;
+        let records = BufWriter::with_capacity(BUFFER_BYTES, create(RECORDS_FILE)?);
         let pages = create(PAGES_FILE)?;
-        let packer = Packer::new(compression).map_err(|source| WriteError::Io {
+        let compression = info.compression;
+        let header = format::encode_header(&info);
+        let mut sink = Sink {
+            label: label.to_owned(),
+            records,
+            pages,
+            digest: Digest::new(&header),
+            index: Vec::new(),
+            incremental: parent.is_some(),
+            summary: Summary::default(),
+            failed: false,
+        };
+        sink.put_records(&header)?;
+        sink.put_pages(&mut [IoSlice::new(&format::encode_pages_header(&info))])?;
+        if let Some(parent) = parent {
+            sink.frame(KIND_PARENT, INTERNAL_VERSION, 0, 0, &parent.encode())?;
+        }
+        let pipeline = Pipeline::new(sink, compression).map_err(|source| WriteError::Io {
             path: label.to_owned(),
             action: "set up compression",
             source,
         })?;
-        let info = HeaderInfo {
-            version: FORMAT_VERSION,
-            arch: HOST_ARCH,
-            page_size: PAGE_SIZE as u32,
-            compression,
-            created_unix_ns: identity.created_unix_ns,
-            id: identity.id,
-            cpu_features,
-        };
-        let header = format::encode_header(&info);
-        let mut writer = Writer {
+        Ok(Writer {
             dir,
             label: label.to_owned(),
-            records,
-            pages,
-            packer: Some(packer),
-            compression,
-            digest: Digest::new(&header),
-            index: Vec::new(),
+            pipeline,
+            batch: Batch::default(),
             same: None,
+            same_pages: 0,
             covered: HashMap::new(),
             covered_in_parent: HashMap::new(),
             parent,
-            summary: Summary::default(),
             failed: false,
-        };
-        writer.put_records(&header)?;
-        writer.put_pages(&format::encode_pages_header(&info), 0)?;
-        if let Some(parent) = parent {
-            writer.frame(KIND_PARENT, INTERNAL_VERSION, 0, 0, &parent.encode())?;
-        }
-        Ok(writer)
+        })
     }
 
     /// Adds a record.
@@ -264,15 +264,20 @@ impl Writer {
             let (bytes, limit) = (body.len(), MAX_BODY_BYTES);
             return Err(WriteError::RecordTooLong { kind, owner, id, bytes, limit });
         }
-        self.summary.records += 1;
-        self.frame(kind, version, owner, id, body)
+        // Frames of the index may be on their way, and the order is to be that of the calls.
+        self.settle()?;
+        let mut sink = self.pipeline.sink();
+        sink.summary.records += 1;
+        sink.frame(kind, version, owner, id, body)
     }
 
     /// Adds content of `object` from byte `offset` on: whole pages, none of them given before. Runs are cut at
-    /// zero pages and at 1 MiB, so data in pieces of 1 MiB is stored best.
+    /// zero pages and at 1 MiB, so data in pieces of 1 MiB is stored best. The data is copied once; see
+    /// [`Writer::pages_owned`].
     ///
     /// # Errors
-    /// [`WriteError::BadRange`], [`WriteError::Overlap`], [`WriteError::TooManyRecords`] or [`WriteError::Io`].
+    /// [`WriteError::BadRange`], [`WriteError::Overlap`], which leave the image as it was; [`WriteError::TooManyRecords`] or
+    /// [`WriteError::Io`].
     pub fn pages(
         &mut self,
         object: u64,
@@ -280,37 +285,55 @@ impl Writer {
         data: &[u8],
         zeros: ZeroPages,
     ) -> Result<(), WriteError> {
-        let bytes = data.len();
-        let end = end_of(object, offset, bytes as u64)?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        if !cover(self.covered.entry(object).or_default(), offset, end) {
-            return Err(WriteError::Overlap { object, offset, bytes: bytes as u64 });
-        }
-        // Runs are maximal stretches of pages of one sort, cut to the size limit.
-        let limit = MAX_RUN_PAGES as usize * PAGE_SIZE;
-        let mut start = 0;
-        while start < bytes {
-            let zero = data[start..start + PAGE_SIZE] == ZERO_PAGE;
-            let mut stop = start + PAGE_SIZE;
-            while stop < bytes && stop - start < limit && (data[stop..stop + PAGE_SIZE] == ZERO_PAGE) == zero
-            {
-                stop += PAGE_SIZE;
+        self.cover_pages(object, offset, data.len())?;
+        let mut done = 0;
+        while done < data.len() {
+            let piece = (data.len() - done).min(BUFFER_BYTES);
+            if self.batch.used + piece > BUFFER_BYTES {
+                self.submit()?;
             }
-            let npages = ((stop - start) / PAGE_SIZE) as u32;
-            let run_offset = offset + start as u64;
-            if !zero {
-                self.data_run(object, run_offset, npages, &data[start..stop])?;
-            } else {
-                self.summary.zero_pages += u64::from(npages);
-                if zeros == ZeroPages::Record {
-                    self.index_run(&RunEntry { object, offset: run_offset, npages, listed: Listed::Zero })?;
-                }
+            if self.batch.buffer.is_none() {
+                self.batch.buffer = Some(self.pipeline.pool.take());
             }
-            start = stop;
+            let at = self.batch.used..self.batch.used + piece;
+            if let Some(buffer) = &mut self.batch.buffer {
+                buffer[at.clone()].copy_from_slice(&data[done..done + piece]);
+            }
+            self.batch.used = at.end;
+            self.add(Piece::Pages { object, offset: offset + done as u64, at, zeros })?;
+            done += piece;
         }
         Ok(())
+    }
+
+    /// As [`Writer::pages`], for content in a buffer of [`Writer::buffers`], which is written from there without being
+    /// copied and goes back to the pool then. The next buffer can be filled meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Writer::pages`].
+    pub fn pages_owned(
+        &mut self,
+        object: u64,
+        offset: u64,
+        data: Buffer,
+        zeros: ZeroPages,
+    ) -> Result<(), WriteError> {
+        self.cover_pages(object, offset, data.len())?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.submit()?;
+        let used = data.len();
+        self.batch.buffer = Some(data);
+        self.batch.used = used;
+        self.add(Piece::Pages { object, offset, at: 0..used, zeros })?;
+        self.submit()
+    }
+
+    /// Buffers for [`Writer::pages_owned`]: a few of 1 MiB. All that are handed out at a time are those of one pool, so that
+    /// memory stays bounded.
+    pub fn buffers(&self) -> BufferPool {
+        self.pipeline.pool.clone()
     }
 
     /// Lists `bytes` of `object` from byte `offset` on as those of the parent's object `parent_object` at the same offset.
@@ -346,7 +369,7 @@ impl Writer {
             return Err(overlap);
         }
         cover(used, offset, end);
-        self.summary.same_pages += bytes / PAGE_SIZE as u64;
+        self.same_pages += bytes / PAGE_SIZE as u64;
         let listed = Listed::Same { parent_object };
         let mut at = offset;
         while at < end {
@@ -367,9 +390,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Bytes of both files so far, buffered ones included.
+    /// Bytes of both files so far, without what is still on its way there.
     pub fn bytes_written(&self) -> u64 {
-        self.summary.records_bytes + self.summary.pages_bytes
+        let sink = self.pipeline.sink();
+        sink.summary.records_bytes + sink.summary.pages_bytes
     }
 
     /// Completes the image: run index, END frame, fsync of both files and of the directory.
@@ -378,125 +402,90 @@ impl Writer {
     /// [`WriteError::Incomplete`] if an earlier call failed; [`WriteError::Io`], after which the image must be
     /// thrown away.
     pub fn finish(mut self) -> Result<Summary, WriteError> {
-        self.flush_same()?;
-        self.flush_index()?;
+        self.settle()?;
+        let mut sink = self.pipeline.sink();
+        sink.flush_index()?;
         let end = End {
-            records: self.summary.records,
-            runs: self.summary.runs,
-            pages_bytes: self.summary.pages_bytes,
-            digest: self.digest.value(),
+            records: sink.summary.records,
+            runs: sink.summary.runs,
+            pages_bytes: sink.summary.pages_bytes,
+            digest: sink.digest.value(),
         };
-        self.frame(KIND_END, INTERNAL_VERSION, 0, 0, &end.encode())?;
-        if self.failed {
-            return Err(WriteError::Incomplete);
-        }
-        let Writer { dir, label, mut records, mut pages, summary, .. } = self;
+        sink.frame(KIND_END, INTERNAL_VERSION, 0, 0, &end.encode())?;
+        let flushed = sink.records.flush();
+        sink.written(RECORDS_FILE, flushed)?;
         // Pages first: a complete `records` file vouches for them.
-        for (name, file) in [(PAGES_FILE, &mut pages), (RECORDS_FILE, &mut records)] {
-            let io = |action| {
-                let path = label.join(name);
-                move |source| WriteError::Io { path, action, source }
-            };
-            file.flush().map_err(io("write"))?;
-            file.get_ref().sync_all().map_err(io("bring to the disk"))?;
+        for (name, file) in [(PAGES_FILE, &sink.pages), (RECORDS_FILE, sink.records.get_ref())] {
+            file.sync_all().map_err(|source| WriteError::Io {
+                path: self.label.join(name),
+                action: "bring to the disk",
+                source,
+            })?;
         }
-        crate::store::sync_dir(&File::from(dir)).map_err(|source| WriteError::Io {
-            path: label,
+        let summary = Summary { same_pages: self.same_pages, ..sink.summary };
+        drop(sink);
+        crate::store::sync_dir(&File::from(self.dir)).map_err(|source| WriteError::Io {
+            path: self.label,
             action: "bring the directory to the disk",
             source,
         })?;
         Ok(summary)
     }
 
-    fn data_run(&mut self, object: u64, offset: u64, npages: u32, raw: &[u8]) -> Result<(), WriteError> {
-        // Taken out for the call, because the packed bytes borrow from it.
-        let mut packer = self.packer.take();
-        let packed = packer.as_mut().and_then(|packer| packer.pack(raw));
-        let encoding = if packed.is_some() { self.compression } else { Compression::None };
-        let result = self.put_run(object, offset, npages, encoding, packed.unwrap_or(raw));
-        self.packer = packer;
-        self.summary.data_pages += u64::from(npages);
-        result
-    }
-
-    fn put_run(
-        &mut self,
-        object: u64,
-        offset: u64,
-        npages: u32,
-        encoding: Compression,
-        stored: &[u8],
-    ) -> Result<(), WriteError> {
-        let position = self.summary.pages_bytes;
-        let pad = format::padding(stored.len() as u64);
-        let checksum = format::run_checksum(stored, pad);
-        self.put_pages(stored, pad)?;
-        let stored = stored.len() as u32;
-        let listed = Listed::Data { position, stored, encoding, checksum };
-        self.index_run(&RunEntry { object, offset, npages, listed })
+    fn cover_pages(&mut self, object: u64, offset: u64, bytes: usize) -> Result<(), WriteError> {
+        let bytes = bytes as u64;
+        let end = end_of(object, offset, bytes)?;
+        if bytes > 0 && !cover(self.covered.entry(object).or_default(), offset, end) {
+            return Err(WriteError::Overlap { object, offset, bytes });
+        }
+        Ok(())
     }
 
     fn flush_same(&mut self) -> Result<(), WriteError> {
         match self.same.take() {
-            Some(same) => self.index_run(&same),
+            Some(same) => self.add(Piece::Entry(same)),
             None => Ok(()),
         }
     }
 
-    fn index_run(&mut self, entry: &RunEntry) -> Result<(), WriteError> {
-        self.summary.runs += 1;
-        self.index.extend_from_slice(&entry.encode());
-        if self.index.len() >= MAX_RUNS_PER_FRAME * RUN_BYTES { self.flush_index() } else { Ok(()) }
+    fn add(&mut self, piece: Piece) -> Result<(), WriteError> {
+        self.batch.pieces.push(piece);
+        if self.batch.is_full() { self.submit() } else { Ok(()) }
     }
 
-    fn flush_index(&mut self) -> Result<(), WriteError> {
-        if self.index.is_empty() {
+    /// Hands the pieces gathered so far over.
+    fn submit(&mut self) -> Result<(), WriteError> {
+        if self.batch.pieces.is_empty() {
             return Ok(());
         }
-        let mut index = std::mem::take(&mut self.index);
-        let version = if self.parent.is_some() { INCREMENTAL_RUNS_VERSION } else { INTERNAL_VERSION };
-        let result = self.frame(KIND_RUNS, version, 0, 0, &index);
-        index.clear();
-        self.index = index;
+        let batch = std::mem::take(&mut self.batch);
+        let result = if self.failed { Err(WriteError::Incomplete) } else { self.pipeline.submit(batch) };
+        self.failed |= result.is_err();
         result
     }
 
-    fn frame(&mut self, kind: u16, version: u16, owner: u64, id: u64, body: &[u8]) -> Result<(), WriteError> {
-        let frame = Frame { kind, version, owner, id, body_len: body.len() as u32, checksum: 0 };
-        if self.summary.records_bytes + frame.total_bytes() > MAX_RECORDS_FILE_BYTES {
-            self.failed = true;
-            return Err(WriteError::TooManyRecords { limit: MAX_RECORDS_FILE_BYTES });
-        }
-        let (header, checksum) = format::encode_frame(&frame, body);
-        self.digest.add(checksum);
-        self.put_records(&header)?;
-        self.put_records(body)?;
-        self.put_records(&[0; 8][..format::padding(body.len() as u64)])
-    }
-
-    fn put_records(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+    /// Waits until all that was given has been written.
+    fn settle(&mut self) -> Result<(), WriteError> {
+        self.flush_same()?;
         if self.failed {
             return Err(WriteError::Incomplete);
         }
-        let written = self.records.write_all(bytes);
-        self.summary.records_bytes += bytes.len() as u64;
-        self.written(RECORDS_FILE, written)
+        let batch = std::mem::take(&mut self.batch);
+        let result = self.pipeline.wait(batch);
+        self.failed |= result.is_err();
+        result
     }
+}
 
-    fn put_pages(&mut self, bytes: &[u8], pad: usize) -> Result<(), WriteError> {
-        if self.failed {
-            return Err(WriteError::Incomplete);
-        }
-        let written = self.pages.write_all(bytes).and_then(|()| self.pages.write_all(&[0; 8][..pad]));
-        self.summary.pages_bytes += (bytes.len() + pad) as u64;
-        self.written(PAGES_FILE, written)
-    }
-
-    fn written(&mut self, name: &str, result: io::Result<()>) -> Result<(), WriteError> {
-        result.map_err(|source| {
-            self.failed = true;
-            WriteError::Io { path: self.label.join(name), action: "write", source }
-        })
+fn new_header(cpu_features: [u8; 64], compression: Compression, identity: Identity) -> HeaderInfo {
+    HeaderInfo {
+        version: FORMAT_VERSION,
+        arch: HOST_ARCH,
+        page_size: PAGE_SIZE as u32,
+        compression,
+        created_unix_ns: identity.created_unix_ns,
+        id: identity.id,
+        cpu_features,
     }
 }
 

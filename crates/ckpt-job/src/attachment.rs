@@ -21,10 +21,10 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 use crate::channel::{self, ReceiveError};
-use crate::client::{ClientError, Connection, WaitOutcome, outcome};
+use crate::client::{ClientError, Connection, Verdict, WaitOutcome, outcome, verdict};
 use crate::launch::Job;
 use crate::name::JobName;
-use crate::registry::Registry;
+use crate::registry::{Registry, RegistryError};
 
 /// How an attachment ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,15 +35,21 @@ pub enum AttachmentEnd {
     TakenOver,
     /// The user asked to leave it running.
     Detached,
+    /// A dump saved the job and ended it.
+    Saved,
 }
 
-/// Stays with a job that was just started until its main process has ended. Descriptors that this process inherited are closed here
+/// Stays with a job that was just started until its main process has ended, through all recoveries if it is supervised; `again` is told
+/// of each. Descriptors that this process inherited are closed here
 /// (standard ones replaced by /dev/null), so that a pipe's reader sees its end when the job closes it.
 ///
 /// # Errors
 /// [`ClientError::NoStatus`] if init was killed.
-pub fn foreground(job: Job) -> Result<AttachmentEnd, ClientError> {
+pub fn foreground(job: Job, mut again: impl FnMut()) -> Result<AttachmentEnd, ClientError> {
     let Job { name, init_pid, tty, channel, signals, early_signals, ignored_signals, inherited, .. } = job;
+    let registry = Registry::open()?;
+    let mut run = registry.run_of(&name);
+    let supervised = registry.supervised(&name).ok();
     let connection = Connection { name: name.clone(), socket: channel };
     let stays_open = |fd: RawFd| match fd {
         0 | 1 => tty,
@@ -59,12 +65,44 @@ pub fn foreground(job: Job) -> Result<AttachmentEnd, ClientError> {
     for signal in early_signals {
         attachment.pass_on(signal, KillScope::Main)?;
     }
-    let end = attachment.run(tty)?;
-    if let AttachmentEnd::Exited(WaitOutcome { job_ended: true, .. }) = end {
-        // init is our child and about to end: afterwards nothing of the job is left, its name included.
-        let _ = waitpid(Pid::from_raw(init_pid), Some(WaitPidFlag::__WALL));
+    let mut child = Some(init_pid);
+    loop {
+        let end = attachment.run(tty);
+        if let Some(init_pid) = child
+            && let Ok(AttachmentEnd::Exited(WaitOutcome { job_ended: true, .. }))
+            | Err(ClientError::NoStatus(_)) = end
+        {
+            // init is our child and about to end: afterwards nothing of the job is left, its name included.
+            let _ = waitpid(Pid::from_raw(init_pid), Some(WaitPidFlag::__WALL));
+            child = None;
+        }
+        let status = match &end {
+            Ok(AttachmentEnd::Exited(outcome)) => Some(outcome.status),
+            Err(ClientError::NoStatus(_)) => None,
+            _ => return end,
+        };
+        if registry.saved(&name).is_some() {
+            return Ok(AttachmentEnd::Saved);
+        }
+        if !supervised.as_ref().is_some_and(|job| job.policy.is_failure(status, job.tty)) {
+            return end;
+        }
+        let Some((connection, next)) = attachment.next_run(&registry, run.as_deref(), tty)? else {
+            if registry.saved(&name).is_some() {
+                return Ok(AttachmentEnd::Saved);
+            }
+            if registry.run_of(&name) == run {
+                return end;
+            }
+            // The last run was over before it was seen here.
+            let status = registry.exit_status(&name)?.ok_or(ClientError::NoStatus(name))?;
+            return Ok(AttachmentEnd::Exited(WaitOutcome { status, job_ended: true }));
+        };
+        run = Some(next);
+        attachment.connection = connection;
+        attachment.unsent.clear();
+        again();
     }
-    Ok(end)
 }
 
 /// Attaches this process's terminal to a live job until its main process ends or the user types `detach_key`.
@@ -134,6 +172,60 @@ impl Drop for RawTerminal {
 }
 
 impl Attachment {
+    /// Waits for the next run of a job that has failed, and names it; `None` if there will be none.
+    fn next_run(
+        &self,
+        registry: &Registry,
+        run: Option<&str>,
+        tty: bool,
+    ) -> Result<Option<(Connection, String)>, ClientError> {
+        let name = &self.connection.name;
+        loop {
+            match verdict(registry, name, run)? {
+                Verdict::Final => return Ok(None),
+                Verdict::RunsAgain => {
+                    let next = registry.run_of(name);
+                    let attached = Connection::open(registry, name).and_then(|connection| {
+                        if tty {
+                            let window =
+                                pty::window_size(io::stdin().as_fd()).map_or(0, |size| size.to_arg());
+                            connection.ask(Kind::Attach, window, Kind::Done)?;
+                        }
+                        connection.send(Kind::Wait, 0)?;
+                        Ok(connection)
+                    });
+                    match attached {
+                        Ok(connection) => {
+                            // Otherwise it may be one that came after it.
+                            if let Some(next) =
+                                next.filter(|next| registry.run_of(name).as_ref() == Some(next))
+                            {
+                                return Ok(Some((connection, next)));
+                            }
+                        }
+                        // Ended again already: what comes of that shows in the next round.
+                        Err(ClientError::Registry(RegistryError::NotFound(_)) | ClientError::Ended(_)) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Verdict::Open => {}
+            }
+            let poll_again = PollTimeout::from(50u16);
+            let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], poll_again);
+            while let Ok(Some(info)) = self.signals.read_signal() {
+                let signal = info.ssi_signo as i32;
+                let supervisor = registry.supervision(name)?.map_or(0, |supervision| supervision.state.pid);
+                let for_it = !self.ignored_signals.contains(&signal)
+                    && ![libc::SIGCHLD, libc::SIGPIPE, libc::SIGWINCH, libc::SIGTSTP, libc::SIGCONT]
+                        .contains(&signal);
+                if for_it && supervisor > 1 {
+                    // There is no job that it could reach.
+                    let _ = spawn::send_signal(supervisor, signal);
+                }
+            }
+        }
+    }
+
     fn run(&mut self, tty: bool) -> Result<AttachmentEnd, ClientError> {
         let mut raw = if tty { RawTerminal::enter() } else { None };
         if tty {
@@ -216,6 +308,12 @@ impl Attachment {
                 Some(outcome) => Ok(Some(AttachmentEnd::Exited(outcome))),
                 None => Err(ClientError::NoStatus(self.connection.name.clone())),
             },
+            Some(Kind::Notice) => {
+                // The terminal may be raw.
+                let text = format!("ckpt: {}\r\n", message.text());
+                let _ = write_all(io::stderr().as_fd(), text.as_bytes());
+                Ok(None)
+            }
             Some(Kind::Detached) => Ok(Some(AttachmentEnd::TakenOver)),
             // Answers to signals passed on: a job without the process meant has nothing to do with them.
             _ => Ok(None),

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use ckpt_abi::init_protocol::{KillScope, Kind, MAX_DESCRIPTORS, MAX_PAYLOAD_BYTES, kill_arg};
 use ckpt_sys::local_socket;
@@ -16,6 +17,7 @@ use crate::channel::{self, Message, ReceiveError};
 use crate::name::JobName;
 use crate::registry::{Registry, RegistryError};
 use crate::spec::JobRecord;
+use crate::supervision::Supervision;
 
 /// Why a job did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,18 @@ pub struct JobStatus {
     pub sysv_objects: u64,
     /// System V semaphore sets there.
     pub semaphore_sets: u64,
+    /// Memory that is still in the checkpoint only, in a job that was restored lazily.
+    #[serde(default)]
+    pub missing_memory: Option<MissingMemory>,
+}
+
+/// What a lazily restored job still depends on its checkpoint for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MissingMemory {
+    /// Bytes that are still to come.
+    pub missing_bytes: u64,
+    /// Bytes that were to come at the start.
+    pub total_bytes: u64,
 }
 
 /// A job that lives.
@@ -78,6 +92,8 @@ pub struct JobStatus {
 pub struct LiveJob {
     /// init's pid, here.
     pub init_pid: i32,
+    /// Its supervision, if somebody asked for any.
+    pub supervision: Option<Supervision>,
     /// What init says.
     #[serde(flatten)]
     pub status: JobStatus,
@@ -93,6 +109,7 @@ pub struct WaitOutcome {
 }
 
 /// A connection to a job's init.
+#[derive(Debug)]
 pub(crate) struct Connection {
     pub name: JobName,
     pub socket: OwnedFd,
@@ -135,11 +152,15 @@ impl Connection {
 
     /// The next message and its descriptors.
     fn receive_with(&self) -> Result<(Message, Vec<OwnedFd>), ClientError> {
-        let (message, descriptors) = match channel::receive_with(self.socket.as_fd(), true) {
-            Ok(Some(received)) => received,
-            Ok(None) => return Err(ClientError::Ended(self.name.clone())),
-            Err(ReceiveError::Io(error)) => return Err(self.lost(error)),
-            Err(ReceiveError::Header(error)) => return Err(self.io(io::Error::other(error))),
+        let (message, descriptors) = loop {
+            match channel::receive_with(self.socket.as_fd(), true) {
+                // Why the job is being ended; what was asked for comes, or the end does.
+                Ok(Some((message, _))) if message.kind == Some(Kind::Notice) => {}
+                Ok(Some(received)) => break received,
+                Ok(None) => return Err(ClientError::Ended(self.name.clone())),
+                Err(ReceiveError::Io(error)) => return Err(self.lost(error)),
+                Err(ReceiveError::Header(error)) => return Err(self.io(io::Error::other(error))),
+            }
         };
         if message.kind == Some(Kind::Error) {
             return Err(ClientError::Refused {
@@ -160,7 +181,7 @@ impl Connection {
         }
     }
 
-    fn ask(&self, kind: Kind, arg: i64, answer: Kind) -> Result<Message, ClientError> {
+    pub(crate) fn ask(&self, kind: Kind, arg: i64, answer: Kind) -> Result<Message, ClientError> {
         self.send(kind, arg)?;
         self.expect(answer)
     }
@@ -175,11 +196,11 @@ impl Connection {
         self.io(io::Error::other(text))
     }
 
-    fn status(&self) -> Result<LiveJob, ClientError> {
+    fn status(&self, registry: &Registry) -> Result<LiveJob, ClientError> {
         let peer = local_socket::peer(self.socket.as_fd()).map_err(|error| self.io(error))?;
         let message = self.ask(Kind::Status, 0, Kind::StatusReply)?;
         let status = serde_json::from_slice(&message.payload).map_err(|error| self.io(error))?;
-        Ok(LiveJob { init_pid: peer.pid, status })
+        Ok(LiveJob { init_pid: peer.pid, supervision: registry.supervision(&self.name)?, status })
     }
 }
 
@@ -188,7 +209,157 @@ impl Connection {
 /// # Errors
 /// [`RegistryError::NotFound`] if there is none of this name.
 pub fn status(name: &JobName) -> Result<LiveJob, ClientError> {
-    Connection::open(&Registry::open()?, name)?.status()
+    let registry = Registry::open()?;
+    Connection::open(&registry, name)?.status(&registry)
+}
+
+/// What a supervisor hears from a job's init.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// This signal was sent to the job and is to make a dump.
+    DumpSignal(u8),
+    /// The main process ended.
+    Ended(WaitOutcome),
+    /// init is gone, or does not speak any more.
+    Lost,
+}
+
+/// A supervisor's connection to a job's init.
+#[derive(Debug)]
+pub struct Watch {
+    connection: Connection,
+    /// init's pid, here.
+    pub init_pid: i32,
+}
+
+impl Watch {
+    /// Connects to a live job as its supervisor, and asks to be told of the main process's end.
+    ///
+    /// # Errors
+    /// [`RegistryError::NotFound`] without a live job of this name.
+    pub fn start(registry: &Registry, name: &JobName) -> Result<Watch, ClientError> {
+        let connection = Connection::open(registry, name)?;
+        let peer = local_socket::peer(connection.socket.as_fd()).map_err(|error| connection.io(error))?;
+        connection.ask(Kind::Supervise, 0, Kind::Done)?;
+        connection.send(Kind::Wait, 0)?;
+        Ok(Watch { connection, init_pid: peer.pid })
+    }
+
+    /// Readable when there may be a notice.
+    pub fn socket(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.connection.socket.as_fd()
+    }
+
+    /// The next notice; `None` if there is none now.
+    pub fn notice(&self) -> Option<Notice> {
+        loop {
+            let message = match channel::receive(self.connection.socket.as_fd(), false) {
+                Err(ReceiveError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                Ok(Some(message)) => message,
+                _ => return Some(Notice::Lost),
+            };
+            match message.kind {
+                Some(Kind::DumpSignal) => return u8::try_from(message.arg).ok().map(Notice::DumpSignal),
+                Some(Kind::Exited) => return Some(outcome(&message).map_or(Notice::Lost, Notice::Ended)),
+                _ => {}
+            }
+        }
+    }
+
+    /// After [`Notice::Ended`] of a job that goes on: asks to be told of the end of all of it.
+    ///
+    /// # Errors
+    /// If init is gone.
+    pub fn wait_for_all(&self) -> Result<(), ClientError> {
+        self.connection.send(Kind::Wait, 1)
+    }
+
+    /// Ends all of the job, without that counting as somebody's wish.
+    ///
+    /// # Errors
+    /// If init is gone.
+    pub fn end_job(&self) -> Result<(), ClientError> {
+        self.connection.send(Kind::Kill, kill_arg(libc::SIGKILL as u8, KillScope::Everything))
+    }
+}
+
+/// What is to be made of the end of a supervised job's run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// That was the end.
+    Final,
+    /// It runs again.
+    RunsAgain,
+    /// Its supervisor has not started it again yet.
+    Open,
+}
+
+/// Whether the run `run` of a job ([`Registry::run_of`]), which has ended, was its last.
+///
+/// # Errors
+/// If the registry cannot be read.
+pub fn verdict(registry: &Registry, name: &JobName, run: Option<&str>) -> Result<Verdict, RegistryError> {
+    // In this order: the supervisor starts the next run before it can end.
+    let supervised = registry.has_supervisor(name)?;
+    if registry.is_live(name)? && registry.run_of(name).as_deref().is_some_and(|now| Some(now) != run) {
+        return Ok(match Connection::open(registry, name) {
+            Ok(_) => Verdict::RunsAgain,
+            // Being started.
+            Err(_) if supervised => Verdict::Open,
+            Err(_) => Verdict::Final,
+        });
+    }
+    let state = registry.supervision(name)?.map(|supervision| supervision.state);
+    let is_final = !supervised
+        || state.is_none_or(|state| state.final_run.is_some() && state.final_run.as_deref() == run);
+    Ok(if is_final { Verdict::Final } else { Verdict::Open })
+}
+
+/// How often an open verdict is looked for.
+const VERDICT_POLL: Duration = Duration::from_millis(50);
+
+/// Waits as [`wait`] does, through all recoveries of a supervised job. The checkpoint is that of a dump that ended it.
+///
+/// # Errors
+/// As [`wait`].
+pub fn wait_through(name: &JobName, whole_job: bool) -> (Result<WaitOutcome, ClientError>, Option<String>) {
+    let registry = match Registry::open() {
+        Ok(registry) => registry,
+        Err(error) => return (Err(error.into()), None),
+    };
+    loop {
+        let run = registry.run_of(name);
+        let policy = registry.supervised(name).ok();
+        let ended = wait(name, whole_job);
+        let status = match &ended {
+            Ok(outcome) => Some(outcome.status),
+            Err(ClientError::NoStatus(_)) => None,
+            // Between two runs.
+            Err(ClientError::Registry(RegistryError::NotFound(_)))
+                if registry.has_supervisor(name).unwrap_or(false) =>
+            {
+                None
+            }
+            Err(_) => return (ended, registry.saved(name)),
+        };
+        let failed = policy.is_some_and(|job| job.policy.is_failure(status, job.tty));
+        if let Some(checkpoint) = registry.saved(name) {
+            return (ended, Some(checkpoint));
+        }
+        if !failed {
+            return (ended, None);
+        }
+        loop {
+            match verdict(&registry, name, run.as_deref()) {
+                Ok(Verdict::Open) => std::thread::sleep(VERDICT_POLL),
+                Ok(Verdict::RunsAgain) => break,
+                Ok(Verdict::Final) if registry.run_of(name) == run => return (ended, registry.saved(name)),
+                // The last run was over before it was seen here.
+                Ok(Verdict::Final) => return (wait(name, whole_job), registry.saved(name)),
+                Err(error) => return (Err(error.into()), None),
+            }
+        }
+    }
 }
 
 /// All live jobs of this user on this host, sorted by name. Jobs that end meanwhile are left out; leftovers are swept.
@@ -199,7 +370,7 @@ pub fn live_jobs() -> Result<Vec<LiveJob>, ClientError> {
     let registry = Registry::open()?;
     let mut jobs = Vec::new();
     for name in registry.live_names()? {
-        match Connection::open(&registry, &name).and_then(|connection| connection.status()) {
+        match Connection::open(&registry, &name).and_then(|connection| connection.status(&registry)) {
             Ok(job) => jobs.push(job),
             // Just starting, or just ended.
             Err(ClientError::Registry(RegistryError::NotFound(_)) | ClientError::Ended(_)) => {}
@@ -263,6 +434,19 @@ pub fn take(name: &JobName, copy: bool) -> Result<Option<Kept>, ClientError> {
     }
 }
 
+/// Waits until nothing of a job depends any more on the checkpoint that it was restored from.
+///
+/// # Errors
+/// [`RegistryError::NotFound`]; [`ClientError::Ended`] if the job ends before.
+pub fn settle(name: &JobName) -> Result<(), ClientError> {
+    let connection = Connection::open(&Registry::open()?, name)?;
+    match connection.ask(Kind::Settle, 0, Kind::Done) {
+        // An init that does not know this has no such job either.
+        Err(ClientError::Refused { errno: libc::ENOSYS, .. }) => Ok(()),
+        settled => settled.map(drop),
+    }
+}
+
 /// How long a killed job is waited for.
 const KILLED: TimeVal = TimeVal::new(10, 0);
 
@@ -272,7 +456,22 @@ const KILLED: TimeVal = TimeVal::new(10, 0);
 /// # Errors
 /// [`RegistryError::NotFound`]; [`ClientError::Refused`] with the errno of kill(2).
 pub fn kill(name: &JobName, signal: u8, scope: KillScope) -> Result<(), ClientError> {
-    let connection = Connection::open(&Registry::open()?, name)?;
+    let registry = Registry::open()?;
+    let connection = match Connection::open(&registry, name) {
+        // It has failed and is about to be started again: the signal is for whoever does that.
+        Err(error @ ClientError::Registry(RegistryError::NotFound(_))) => {
+            let supervision = registry.supervision(name)?.filter(|known| known.supervised);
+            let pid = supervision.map_or(0, |known| known.state.pid);
+            // Told to end, as SIGKILL would leave a job that nobody ends.
+            let signal = if i32::from(signal) == libc::SIGKILL { libc::SIGTERM } else { i32::from(signal) };
+            return match pid {
+                2.. => ckpt_sys::spawn::send_signal(pid, signal)
+                    .map_err(|source| ClientError::Io { name: name.clone(), source }),
+                _ => Err(error),
+            };
+        }
+        opened => opened?,
+    };
     connection.ask(Kind::Kill, kill_arg(signal, scope), Kind::Done)?;
     if i32::from(signal) == libc::SIGKILL {
         setsockopt(&connection.socket, sockopt::ReceiveTimeout, &KILLED)

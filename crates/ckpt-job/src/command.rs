@@ -68,7 +68,13 @@ pub fn start(context: &mut InitContext) -> Result<Started, StartError> {
             Ok(bytes) => Err(exec_failed(&program, io::Error::from_raw_os_error(i32::from_ne_bytes(bytes)))),
         }
     };
-    Ok(Started { main_pid, main_exited: None, release: Box::new(release) })
+    Ok(Started {
+        main_pid,
+        main_exited: None,
+        details: serde_json::Value::Null,
+        fetching: None,
+        release: Box::new(release),
+    })
 }
 
 fn exec_failed(program: &str, error: io::Error) -> StartError {

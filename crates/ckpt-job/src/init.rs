@@ -6,8 +6,8 @@
 //! the work run, and the external fds are closed here, so that a pipe ends when the job closes it.
 
 use std::fs::File;
-use std::io::{self, Read as _};
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -137,12 +137,28 @@ pub struct InitContext {
     pub blocked_signals: spawn::SignalMask,
 }
 
+/// What init does for a job that runs already: fetches memory that is still in the checkpoint.
+pub trait Fetching {
+    /// Bytes that are still to come, and how many there were at the start.
+    fn missing_bytes(&self) -> (u64, u64);
+    /// How it ended: nothing depends on the checkpoint any more, or why the job can't go on.
+    fn outcome(&self) -> Option<Result<(), String>>;
+    /// Readable once there is an outcome.
+    fn ended(&self) -> BorrowedFd<'_>;
+    /// Somebody waits for the end.
+    fn hurry(&self);
+}
+
 /// The work, ready to run.
 pub struct Started {
     /// The main process; its exit status is the job's.
     pub main_pid: i32,
     /// For a restored job whose main process had ended before: how. Then `main_pid` is not waited for.
     pub main_exited: Option<ExitStatus>,
+    /// For whoever started the job, see [`crate::Job::details`].
+    pub details: serde_json::Value,
+    /// What goes on once it runs.
+    pub fetching: Option<Box<dyn Fetching>>,
     /// Called after the commit; lets the work run. An error ends the job and is told to the launcher.
     pub release: Box<dyn FnOnce() -> Result<(), StartError>>,
 }
@@ -171,7 +187,7 @@ pub fn init_main(start: impl FnOnce(&mut InitContext) -> Result<Started, StartEr
         Ok(started) => started,
         Err(error) => failed(error),
     };
-    let Started { main_pid, main_exited, release } = started;
+    let Started { main_pid, main_exited, details, fetching, release } = started;
     let record = record(&context, main_pid, started_at);
     let (listener, signals) = match open_for_business(&entry, &record) {
         Ok(pair) => pair,
@@ -181,10 +197,11 @@ pub fn init_main(start: impl FnOnce(&mut InitContext) -> Result<Started, StartEr
     if let Err(error) = release() {
         failed(error);
     }
-    let _ = channel::send(&*channel, Kind::LaunchStarted, i64::from(main_pid), b"");
+    let _ =
+        channel::send(&*channel, Kind::LaunchStarted, i64::from(main_pid), details.to_string().as_bytes());
     let InitContext { spec, pty, external, log, passed, progress, .. } = context;
     drop((external, passed, log, progress));
-    let _ = std::panic::take_hook();
+    end_job_on_panic(spec.log.clone(), entry.try_clone().ok());
     let launcher = std::sync::Arc::try_unwrap(channel).or_else(|shared| shared.try_clone()).ok();
     let _ = std::env::set_current_dir("/");
     supervise::run(supervise::Resources {
@@ -197,6 +214,7 @@ pub fn init_main(start: impl FnOnce(&mut InitContext) -> Result<Started, StartEr
         pty: pty.map(|pty| pty.master),
         launcher,
         main_exited,
+        fetching,
     })
 }
 
@@ -309,7 +327,10 @@ fn prepare(handed: HandedRest, channel: &std::sync::Arc<OwnedFd>) -> Result<Prep
 }
 
 /// Opens a job's log for appending; makes its directory if needed.
-pub(crate) fn open_log(path: &Path) -> Result<File, StartError> {
+///
+/// # Errors
+/// As mkdir(2) and open(2).
+pub fn open_log(path: &Path) -> Result<File, StartError> {
     let open = || {
         if let Some(parent) = path.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
@@ -344,10 +365,12 @@ fn record(context: &InitContext, main_pid: i32, started: u64) -> JobRecord {
             Work::Restore(_) => spec.restored_command.clone(),
         },
         restored_from: spec.restored_from.clone(),
+        with_files: spec.with_files,
         tty: spec.tty,
         user_namespace: context.user_namespace,
         fresh_proc: context.fresh_proc,
         external: context.external.iter().map(|external| external.record.clone()).collect(),
+        mergeable: spec.mergeable,
         terminal: context.pty.as_ref().map(|pty| pty.slave_path.clone()),
     }
 }
@@ -373,9 +396,35 @@ fn commit(channel: &OwnedFd) {
     }
 }
 
+/// The exit status of a job that init's own defect ends.
+const DEFECT: ExitStatus = ExitStatus::Exited(125);
+
+/// A panic in init ends the job, as the kernel would; but the log and the registry say why.
+fn end_job_on_panic(log: PathBuf, entry: Option<File>) {
+    std::panic::set_hook(Box::new(move |info| {
+        kill_all();
+        if let Ok(mut log) = open_log(&log) {
+            let _ = writeln!(log, "ckpt init: defect in the job's init, which ends the job: {info}");
+        }
+        if let Some(entry) = &entry {
+            let line = format!("{}\n", DEFECT.to_wait_status());
+            let _ = registry::write_entry_file(&supervise::entry_path(entry), "exit", line.as_bytes());
+        }
+    }));
+}
+
+/// SIGKILL to every process of the job, so that none runs on while this init closes its descriptors.
+fn kill_all() {
+    // Of any other process than an init these would be all processes of the user.
+    if nix::unistd::getpid().as_raw() == 1 {
+        let _ = spawn::send_signal(-1, libc::SIGKILL);
+    }
+}
+
 /// A panic in init is told to whoever waits for the start, as stderr leads nowhere.
 fn tell_of_panics(channel: std::sync::Arc<OwnedFd>) {
     std::panic::set_hook(Box::new(move |info| {
+        kill_all();
         let text = format!("defect in the job's init: {info}");
         let _ =
             channel::send(&*channel, Kind::LaunchFailed, StartErrorClass::Failure as i64, text.as_bytes());

@@ -29,7 +29,7 @@ use crate::external;
 use crate::init::{INIT_ARGUMENT, StartErrorClass};
 use crate::name::JobName;
 use crate::namespaces;
-use crate::registry::{Claim, Registry, RegistryError};
+use crate::registry::{Claim, Claimant, Registry, RegistryError};
 use crate::spec::{InitSpec, LaunchSpec};
 
 /// Init holds external fds from this number on, where RLIMIT_NOFILE allows.
@@ -96,6 +96,10 @@ pub struct Job {
     pub tty: bool,
     /// Where its output goes while nobody is attached.
     pub log: PathBuf,
+    /// What [`crate::Started::details`] says.
+    pub details: serde_json::Value,
+    /// Holds the lock of the supervisor that the job is to get: to be handed on to it.
+    pub supervision: Option<File>,
     pub(crate) channel: OwnedFd,
     pub(crate) signals: SignalFd,
     /// Arrived during the start and are for the job.
@@ -114,20 +118,38 @@ pub struct Job {
 pub fn launch(
     spec: LaunchSpec,
     pass: Vec<OwnedFd>,
+    event: impl FnMut(LaunchEvent),
+) -> Result<Job, LaunchError> {
+    let mut blocked_before = None;
+    let launched = try_launch(spec, pass, event, &mut blocked_before);
+    if let (Err(_), Some(mask)) = (&launched, blocked_before) {
+        // Whoever starts something else instead starts it as it would have without this.
+        spawn::set_blocked_signals(mask).map_err(system("unblocking signals"))?;
+    }
+    launched
+}
+
+fn try_launch(
+    spec: LaunchSpec,
+    pass: Vec<OwnedFd>,
     mut event: impl FnMut(LaunchEvent),
+    blocked_before: &mut Option<spawn::SignalMask>,
 ) -> Result<Job, LaunchError> {
     for path in [&spec.store, &spec.log] {
         if path.to_str().is_none() {
             return Err(LaunchError::PathNotUtf8(path.clone()));
         }
     }
-    let claim = Registry::open()?.claim(&spec.name)?;
+    let claimant =
+        if spec.by_supervisor { Claimant::Supervisor } else { Claimant::Launcher(spec.supervised.as_ref()) };
+    let mut claim = Registry::open()?.claim(&spec.name, claimant)?;
     let externals = external::inherited().map_err(system("listing the inherited fds"))?;
     let inherited: Vec<RawFd> = externals.iter().map(|record| record.number).collect();
     let externals = externals.into_iter().filter(|record| !is_replaced(&spec, record.number)).collect();
     let ignored_signals = spawn::ignored_signals();
     // From now on signals wait in the signalfd: those that end us must not leave a half-started job's terminal or entry.
     let blocked_signals = spawn::set_blocked_signals(!0).map_err(system("blocking signals"))?;
+    *blocked_before = Some(blocked_signals);
     let signals = SignalFd::with_flags(&SigSet::all(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(system("making a signalfd"))?;
     let (name, log, tty) = (spec.name.clone(), spec.log.clone(), spec.tty);
@@ -163,7 +185,7 @@ pub fn launch(
     let mut children = Children { intermediate: Some(intermediate), init: None };
     let mut committed = false;
     let mut early_signals = Vec::new();
-    let main_pid = loop {
+    let (main_pid, details) = loop {
         // Messages first: a signal that arrives together with the news of the commit is for the job, not for us.
         let message = match channel::receive(ours.as_fd(), committed) {
             Ok(Some(message)) => message,
@@ -190,7 +212,11 @@ pub fn launch(
             Some(Kind::LaunchProgress) => event(LaunchEvent::Progress(message.text())),
             Some(Kind::LaunchWarning) => event(LaunchEvent::Warning(message.text())),
             Some(Kind::LaunchCommitted) => committed = true,
-            Some(Kind::LaunchStarted) => break i32::try_from(message.arg).unwrap_or(0),
+            Some(Kind::LaunchStarted) => {
+                // Only a report: nothing depends on it.
+                let details = serde_json::from_slice(&message.payload).unwrap_or_default();
+                break (i32::try_from(message.arg).unwrap_or(0), details);
+            }
             Some(Kind::LaunchFailed) => return Err(failure(&message)),
             _ => {
                 let text = format!("unexpected message {:#06x} from the job's init", message.kind_number);
@@ -199,6 +225,7 @@ pub fn launch(
         }
     };
     let init_pid = children.keep();
+    let supervision = claim.supervision.take();
     claim.keep();
     Ok(Job {
         name,
@@ -206,6 +233,8 @@ pub fn launch(
         main_pid,
         tty,
         log,
+        details,
+        supervision,
         channel: ours,
         signals,
         early_signals,
@@ -215,7 +244,7 @@ pub fn launch(
 }
 
 /// Whether the job gets something else under this number than the launcher has there.
-fn is_replaced(spec: &LaunchSpec, number: RawFd) -> bool {
+pub(crate) fn is_replaced(spec: &LaunchSpec, number: RawFd) -> bool {
     use std::io::IsTerminal as _;
     match number {
         0 | 1 => spec.tty || spec.detach,

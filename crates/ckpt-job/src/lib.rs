@@ -24,15 +24,20 @@ pub mod launch;
 mod mounts;
 pub mod name;
 pub mod namespaces;
+pub mod policy;
 pub mod probe;
 pub mod registry;
 pub mod spec;
 mod supervise;
+pub mod supervision;
 
 pub use attachment::foreground;
-pub use client::{JobStatus, Kept, LiveJob, WaitOutcome, keep, kill, live_jobs, status, take, wait};
+pub use client::{
+    JobStatus, Kept, LiveJob, MissingMemory, WaitOutcome, keep, kill, live_jobs, settle, status, take, wait,
+};
 pub use init::{
-    INIT_ARGUMENT, InitContext, JobPty, Progress, StartError, StartErrorClass, Started, init_main,
+    Fetching, INIT_ARGUMENT, InitContext, JobPty, Progress, StartError, StartErrorClass, Started, init_main,
+    open_log,
 };
 pub use launch::{Job, LaunchError, launch};
 pub use name::{JobName, made_up_name};

@@ -12,6 +12,9 @@
 //!       job.json           see JobRecord
 //!       sock               init's socket
 //!       exit               how the main process ended; kept for `ckpt wait` after the job's end
+//!       saved              the checkpoint that a dump made before it ended the job
+//!       end-requested      somebody sent a signal that ends programs, by way of init
+//!     .supervised/         see supervision
 //! ```
 //! Nothing here is needed after a reboot, and nothing is read from another host's directory, so that the file system may
 //! be shared. An entry whose `alive` nobody holds is a leftover: it is swept, unless it tells how an orderly ended job
@@ -33,6 +36,7 @@ use nix::sys::time::TimeVal;
 use crate::ExitStatus;
 use crate::channel::{self, ReceiveError};
 use crate::name::JobName;
+use crate::policy::Supervised;
 use crate::spec::JobRecord;
 
 /// How long the name of a job that is being killed is waited for: large memory takes a while to be given back.
@@ -56,6 +60,14 @@ pub enum RegistryError {
         "a job named '{0}' is running already; choose another --name, or end it with: ckpt kill {0} KILL"
     )]
     NameTaken(JobName),
+    /// A supervisor is about to start a job of that name again.
+    #[error("job '{0}' has failed and its supervisor is about to start it again; end it with: ckpt kill {0}")]
+    Recovering(JobName),
+    /// Nobody asked for supervision.
+    #[error(
+        "job '{0}' is not supervised: it was started without --every, --dump-on, --dump-at, --dump-when or --recover"
+    )]
+    NotSupervised(JobName),
     /// There is no such job.
     #[error("no job named '{0}' is running here; see: ckpt ps")]
     NotFound(JobName),
@@ -72,7 +84,7 @@ pub enum RegistryError {
     },
 }
 
-fn at(path: &Path) -> impl FnOnce(io::Error) -> RegistryError + '_ {
+pub(crate) fn at(path: &Path) -> impl FnOnce(io::Error) -> RegistryError + '_ {
     move |source| RegistryError::Io { path: path.to_owned(), source }
 }
 
@@ -92,6 +104,8 @@ pub struct Claim {
     pub directory: File,
     /// Holds the lock.
     pub alive: File,
+    /// Holds the lock of the supervisor that the job is to get.
+    pub supervision: Option<File>,
     kept: bool,
 }
 
@@ -151,7 +165,7 @@ impl Registry {
         self.directory.join(name)
     }
 
-    fn changing(&self) -> Result<File, RegistryError> {
+    pub(crate) fn changing(&self) -> Result<File, RegistryError> {
         let path = self.directory.join(".changing");
         let file = open_lock(&path)?;
         file.lock().map_err(at(&path))?;
@@ -161,13 +175,36 @@ impl Registry {
     /// Makes the entry of a job about to start.
     ///
     /// # Errors
-    /// [`RegistryError::NameTaken`] if a live job has the name.
-    pub fn claim(&self, name: &JobName) -> Result<Claim, RegistryError> {
+    /// [`RegistryError::NameTaken`] if a live job has the name, [`RegistryError::Recovering`] if a supervisor has it.
+    pub fn claim(&self, name: &JobName, by: Claimant<'_>) -> Result<Claim, RegistryError> {
         let deadline = Instant::now() + DYING;
         loop {
             let changing = self.changing()?;
             match self.occupant(name)? {
-                Occupant::None => return self.make_entry(name),
+                Occupant::None if !matches!(by, Claimant::Supervisor) && self.has_supervisor(name)? => {
+                    // It may just be ending.
+                    if Instant::now() >= deadline {
+                        return Err(RegistryError::Recovering(name.clone()));
+                    }
+                    drop(changing);
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Occupant::None => {
+                    let mut claim = self.make_entry(name)?;
+                    match by {
+                        Claimant::Supervisor => {}
+                        Claimant::Launcher(None) => self.forget_supervision(name),
+                        Claimant::Launcher(Some(job)) => match self.begin_supervision(job) {
+                            Ok(lock) => claim.supervision = Some(lock),
+                            Err(error) => {
+                                // The claim takes the lock that is held here when it is dropped.
+                                drop(changing);
+                                return Err(error);
+                            }
+                        },
+                    }
+                    return Ok(claim);
+                }
                 Occupant::Dying if Instant::now() < deadline => {
                     drop(changing);
                     std::thread::sleep(Duration::from_millis(10));
@@ -188,7 +225,14 @@ impl Registry {
         let alive_path = path.join("alive");
         let alive = open_lock(&alive_path)?;
         alive.try_lock().map_err(|error| at(&alive_path)(error.into()))?;
-        Ok(Claim { registry: self.clone(), name: name.clone(), directory, alive, kept: false })
+        Ok(Claim {
+            registry: self.clone(),
+            name: name.clone(),
+            directory,
+            alive,
+            supervision: None,
+            kept: false,
+        })
     }
 
     /// Who has a name. A job whose init was killed loses its lock and its socket before its last processes are gone.
@@ -237,10 +281,13 @@ impl Registry {
                 continue;
             }
             let path = entry.path();
-            let exit_age = fs::metadata(path.join("exit"))
-                .and_then(|status| status.modified())
-                .map(|time| time.elapsed().unwrap_or_default());
-            if !exit_age.is_ok_and(|age| age < KEEP_ENDED) {
+            let age_of = |file: &str| {
+                let modified = fs::metadata(path.join(file)).and_then(|status| status.modified());
+                modified.map(|time| time.elapsed().unwrap_or_default())
+            };
+            // A supervisor has to see how its job ended.
+            let told = ["exit", "saved"].iter().any(|file| age_of(file).is_ok_and(|age| age < KEEP_ENDED));
+            if !told && !self.has_supervisor(&name)? {
                 match fs::remove_dir_all(&path) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&path)(error)),
                     _ => {}
@@ -248,6 +295,7 @@ impl Registry {
             }
         }
         live.sort();
+        self.sweep_supervision(&live)?;
         Ok(live)
     }
 
@@ -288,6 +336,30 @@ impl Registry {
         }
     }
 
+    /// Notes that a dump saved a job and is about to end it.
+    ///
+    /// # Errors
+    /// As write(2).
+    pub fn write_saved(&self, name: &JobName, checkpoint: &str) -> Result<(), RegistryError> {
+        let path = self.entry(name);
+        write_entry_file(&path, "saved", checkpoint.as_bytes()).map_err(at(&path))
+    }
+
+    /// The checkpoint that was made of a job by the dump that ended it.
+    pub fn saved(&self, name: &JobName) -> Option<String> {
+        fs::read_to_string(self.entry(name).join("saved")).ok()
+    }
+
+    /// Whether somebody sent a job, by way of its init, a signal that ends programs.
+    pub fn end_requested(&self, name: &JobName) -> bool {
+        self.entry(name).join("end-requested").exists()
+    }
+
+    /// A name for this run of a job, live or ended: another run of the same name has another.
+    pub fn run_of(&self, name: &JobName) -> Option<String> {
+        fs::read_to_string(self.entry(name).join("init")).ok()
+    }
+
     /// Takes the dump lock of a live job.
     ///
     /// # Errors
@@ -299,7 +371,11 @@ impl Registry {
         let path = self.entry(name).join("lock");
         let file = open_lock(&path)?;
         match file.try_lock() {
-            Ok(()) => Ok(LockGuard { _file: file }),
+            Ok(()) => {
+                // Of a dump that died before it could end the job.
+                let _ = fs::remove_file(self.entry(name).join("saved"));
+                Ok(LockGuard { _file: file })
+            }
             Err(TryLockError::WouldBlock) => Err(RegistryError::BeingDumped(name.clone())),
             Err(TryLockError::Error(error)) => Err(at(&path)(error)),
         }
@@ -312,6 +388,15 @@ impl Registry {
 /// As [`Registry::lock_for_dump`].
 pub fn lock_for_dump(name: &JobName) -> Result<LockGuard, RegistryError> {
     Registry::open()?.lock_for_dump(name)
+}
+
+/// Who claims a name.
+#[derive(Clone, Copy, Debug)]
+pub enum Claimant<'a> {
+    /// Whoever starts a job, to be supervised or not.
+    Launcher(Option<&'a Supervised>),
+    /// The supervisor that has the name, for its job's next run.
+    Supervisor,
 }
 
 enum Occupant {
@@ -377,6 +462,9 @@ impl Drop for Claim {
         {
             // What cannot be removed now will be swept later.
             let _ = fs::remove_dir_all(self.registry.entry(&self.name));
+            if self.supervision.is_some() {
+                self.registry.forget_supervision(&self.name);
+            }
         }
     }
 }
@@ -392,7 +480,7 @@ pub(crate) fn write_entry_file(directory: &Path, name: &str, content: &[u8]) -> 
     fs::rename(&temporary, directory.join(OsStr::new(name)))
 }
 
-fn open_lock(path: &Path) -> Result<File, RegistryError> {
+pub(crate) fn open_lock(path: &Path) -> Result<File, RegistryError> {
     OpenOptions::new()
         .read(true)
         .write(true)
@@ -458,22 +546,25 @@ mod tests {
     fn a_name_belongs_to_one_live_job() {
         let scratch = Scratch::new("taken");
         let registry = scratch.registry();
-        let claim = registry.claim(&name("a")).unwrap();
-        assert!(matches!(registry.claim(&name("a")), Err(RegistryError::NameTaken(_))));
+        let claim = registry.claim(&name("a"), Claimant::Launcher(None)).unwrap();
+        assert!(matches!(
+            registry.claim(&name("a"), Claimant::Launcher(None)),
+            Err(RegistryError::NameTaken(_))
+        ));
         assert_eq!(registry.live_names().unwrap(), [name("a")]);
         drop(claim);
         assert!(!registry.entry(&name("a")).exists());
-        registry.claim(&name("a")).unwrap();
+        registry.claim(&name("a"), Claimant::Launcher(None)).unwrap();
     }
 
     #[test]
     fn leftovers_are_swept_and_ended_jobs_kept() {
         let scratch = Scratch::new("sweep");
         let registry = scratch.registry();
-        registry.claim(&name("killed")).unwrap().keep();
-        registry.claim(&name("ended")).unwrap().keep();
+        registry.claim(&name("killed"), Claimant::Launcher(None)).unwrap().keep();
+        registry.claim(&name("ended"), Claimant::Launcher(None)).unwrap().keep();
         write_entry_file(&registry.entry(&name("ended")), "exit", b"768\n").unwrap();
-        let running = registry.claim(&name("running")).unwrap();
+        let running = registry.claim(&name("running"), Claimant::Launcher(None)).unwrap();
         fs::create_dir(registry.entry(&name("half-made"))).unwrap();
         assert_eq!(registry.live_names().unwrap(), [name("running")]);
         assert!(!registry.entry(&name("killed")).exists());
@@ -492,14 +583,15 @@ mod tests {
         let scratch = Scratch::new("dying");
         let registry = scratch.registry();
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-        let claim = registry.claim(&name("a")).unwrap();
+        let claim = registry.claim(&name("a"), Claimant::Launcher(None)).unwrap();
         claim.write_init_pid(i64::from(child.id())).unwrap();
         claim.keep();
         assert!(init_exists(&registry.entry(&name("a"))));
         let (send, receive) = std::sync::mpsc::channel();
         let waiting = registry.clone();
-        let waiter =
-            std::thread::spawn(move || send.send(waiting.claim(&name("a")).map(Claim::keep)).unwrap());
+        let waiter = std::thread::spawn(move || {
+            send.send(waiting.claim(&name("a"), Claimant::Launcher(None)).map(Claim::keep)).unwrap()
+        });
         assert!(receive.try_recv().is_err(), "claimed while init still exists");
         child.kill().unwrap();
         receive.recv().unwrap().unwrap();
@@ -513,7 +605,7 @@ mod tests {
         let scratch = Scratch::new("dump");
         let registry = scratch.registry();
         assert!(matches!(registry.lock_for_dump(&name("a")), Err(RegistryError::NotFound(_))));
-        let _claim = registry.claim(&name("a")).unwrap();
+        let _claim = registry.claim(&name("a"), Claimant::Launcher(None)).unwrap();
         let guard = registry.lock_for_dump(&name("a")).unwrap();
         assert!(matches!(registry.lock_for_dump(&name("a")), Err(RegistryError::BeingDumped(_))));
         drop(guard);

@@ -9,6 +9,7 @@ use ckpt_abi::init_protocol::WindowSize;
 use serde::{Deserialize, Serialize};
 
 use crate::name::JobName;
+use crate::policy::Supervised;
 
 /// What a job is to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -62,6 +63,14 @@ pub struct LaunchSpec {
     pub restored_from: Option<String>,
     /// The command of a restored job, as text; that of others is in `work`.
     pub restored_command: Vec<String>,
+    /// The restore makes the job's memory mergeable, to be shared with other copies of it.
+    pub mergeable: bool,
+    /// Dumps save the content of files that the job has open for writing.
+    pub with_files: bool,
+    /// What a supervisor is to do.
+    pub supervised: Option<Supervised>,
+    /// Started by its supervisor, for its next run.
+    pub by_supervisor: bool,
 }
 
 impl LaunchSpec {
@@ -138,6 +147,9 @@ pub struct JobRecord {
     pub command: Vec<String>,
     /// The checkpoint that it came from.
     pub restored_from: Option<String>,
+    /// Dumps save the content of files that the job has open for writing.
+    #[serde(default)]
+    pub with_files: bool,
     /// Whether it has a terminal of its own.
     pub tty: bool,
     /// Whether it has a user namespace of its own.
@@ -146,6 +158,9 @@ pub struct JobRecord {
     pub fresh_proc: bool,
     /// The fds that came from outside.
     pub external: Vec<ExternalRecord>,
+    /// Its restore has made its memory mergeable.
+    #[serde(default)]
+    pub mergeable: bool,
     /// The slave of its terminal, as the job sees it.
     pub terminal: Option<PathBuf>,
 }

@@ -22,8 +22,8 @@ use nix::sys::signalfd::SignalFd;
 
 use crate::ExitStatus;
 use crate::channel::{self, Message, ReceiveError};
-use crate::client::JobStatus;
-use crate::init::open_log;
+use crate::client::{JobStatus, MissingMemory};
+use crate::init::{Fetching, open_log};
 use crate::registry::write_entry_file;
 use crate::spec::{JobRecord, LaunchSpec};
 
@@ -56,6 +56,7 @@ pub(crate) struct Resources {
     pub pty: Option<OwnedFd>,
     pub launcher: Option<OwnedFd>,
     pub main_exited: Option<ExitStatus>,
+    pub fetching: Option<Box<dyn Fetching>>,
 }
 
 /// What a client waits for.
@@ -76,9 +77,13 @@ struct Client {
     outbox: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     outbox_bytes: usize,
     waits_for: Option<WaitsFor>,
+    /// Is to be told when the job needs its checkpoint no more.
+    waits_to_settle: bool,
     attached: bool,
     /// What it wants kept, until it is complete.
     keeping: Vec<KeptPart>,
+    /// Is told of signals that are to make a dump.
+    supervises: bool,
     /// Answer what is queued, then close.
     closing: bool,
     gone: bool,
@@ -91,8 +96,10 @@ impl Client {
             outbox: VecDeque::new(),
             outbox_bytes: 0,
             waits_for: None,
+            waits_to_settle: false,
             attached: false,
             keeping: Vec::new(),
+            supervises: false,
             closing: false,
             gone: false,
         }
@@ -145,7 +152,17 @@ struct Supervisor {
     input: VecDeque<u8>,
     log: Option<File>,
     kept: Vec<KeptPart>,
+    /// Signals that are to make a dump; they came before anybody asked for them.
+    untold: Vec<u8>,
+    /// Somebody has asked for them.
+    was_supervised: bool,
+    fetching: Option<Box<dyn Fetching>>,
+    /// The job is being ended because its memory can't be fetched: the status that stands for that.
+    failed: Option<ExitStatus>,
 }
+
+/// The exit status of a job whose checkpoint turns out to be damaged while it runs; that of the commands that find it before.
+const CORRUPT: ExitStatus = ExitStatus::Exited(115);
 
 /// The path of a registry entry that does not depend on what is mounted where.
 pub(crate) fn entry_path(entry: &File) -> PathBuf {
@@ -154,7 +171,8 @@ pub(crate) fn entry_path(entry: &File) -> PathBuf {
 
 /// Serves the job until its last process has ended. Never returns.
 pub(crate) fn run(resources: Resources) -> ! {
-    let Resources { spec, record, entry, alive, listener, signals, pty, launcher, main_exited } = resources;
+    let Resources { spec, record, entry, alive, listener, signals, pty, launcher, main_exited, fetching } =
+        resources;
     let mut clients = Vec::new();
     if let Some(socket) = launcher {
         // A launcher in the foreground need not ask: the job might be over before it could.
@@ -176,6 +194,10 @@ pub(crate) fn run(resources: Resources) -> ! {
         input: VecDeque::new(),
         log: None,
         kept: Vec::new(),
+        untold: Vec::new(),
+        was_supervised: false,
+        fetching,
+        failed: None,
     };
     if let Some(status) = main_exited {
         supervisor.main_ended(status);
@@ -213,6 +235,8 @@ impl Supervisor {
         if let Some(pty) = self.pty.as_ref().filter(|_| watch_pty) {
             polled.push(PollFd::new(pty.as_fd(), pty_events));
         }
+        let fetched_at = polled.len();
+        polled.extend(self.fetching.iter().map(|f| PollFd::new(f.ended(), PollFlags::POLLIN)));
         let first_client = polled.len();
         for client in &self.clients {
             let mut events = PollFlags::empty();
@@ -242,6 +266,9 @@ impl Supervisor {
         }
         if watch_pty && !happened[2].is_empty() {
             self.serve_terminal(happened[2]);
+        }
+        if first_client > fetched_at && !happened[fetched_at].is_empty() {
+            self.fetching_ended();
         }
         for (index, events) in happened[first_client..].iter().enumerate() {
             if events.contains(PollFlags::POLLOUT) {
@@ -282,7 +309,35 @@ impl Supervisor {
         }
     }
 
+    /// All memory has been fetched, or can't be.
+    fn fetching_ended(&mut self) {
+        let Some(outcome) = self.fetching.as_ref().and_then(|f| f.outcome()) else { return };
+        match outcome {
+            Ok(()) => {
+                self.fetching = None;
+                for client in self.clients.iter_mut().filter(|client| client.waits_to_settle) {
+                    client.waits_to_settle = false;
+                    client.push(Kind::Done, 0, b"");
+                }
+            }
+            Err(_) if self.failed.is_some() => {}
+            Err(why) => {
+                // The threads that wait for memory must never find any other: they are killed while it is still withheld.
+                let _ = self.kill(libc::SIGKILL, KillScope::Everything);
+                self.failed = Some(CORRUPT);
+                let text = format!("the job is ended: {why}");
+                self.note(&format!("ckpt init: {text}"));
+                for client in self.clients.iter_mut().filter(|c| c.attached || c.waits_for.is_some()) {
+                    client.push(Kind::Notice, 0, text.as_bytes());
+                }
+                // Until the last process is gone nothing more is to be heard from it.
+                std::mem::forget(self.fetching.take());
+            }
+        }
+    }
+
     fn main_ended(&mut self, status: ExitStatus) {
+        let status = self.failed.unwrap_or(status);
         self.main_status = Some(status);
         let line = format!("{}\n", status.to_wait_status());
         if let Err(error) = write_entry_file(&entry_path(&self.entry), "exit", line.as_bytes()) {
@@ -349,10 +404,48 @@ impl Supervisor {
                 [libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
             // Who finds init in the host's process list and signals it means the job. From inside, pid 1 is immune, as
             // every init is.
-            if from_outside && forwarded.contains(&signal) {
+            if from_outside && self.makes_dump(signal) {
+                if let Err(error) = self.tell_supervisor(signal) {
+                    self.note(&format!("ckpt init: signal {signal}: {error}"));
+                }
+            } else if from_outside && forwarded.contains(&signal) {
                 let _ = self.kill(signal, KillScope::Job);
             }
         }
+    }
+
+    fn makes_dump(&self, signal: i32) -> bool {
+        let job = self.spec.supervised.as_ref();
+        job.is_some_and(|job| job.policy.dump_on.iter().any(|dump| i32::from(dump.signal) == signal))
+    }
+
+    /// Hands a signal that is to make a dump to the supervisor, or keeps it until there is one.
+    fn tell_supervisor(&mut self, signal: i32) -> io::Result<()> {
+        match self.clients.iter_mut().find(|client| client.supervises && !client.gone) {
+            Some(client) => client.push(Kind::DumpSignal, i64::from(signal), b""),
+            None if self.was_supervised => {
+                let name = &self.record.name;
+                let text = format!(
+                    "the signal is to make a dump, and the job has lost its supervisor; start another with: ckpt supervise {name}"
+                );
+                return Err(io::Error::other(text));
+            }
+            None => self.untold.extend(u8::try_from(signal).ok().filter(|new| !self.untold.contains(new))),
+        }
+        Ok(())
+    }
+
+    /// A signal that a client asks for.
+    fn kill_for(&mut self, index: usize, signal: i32, scope: KillScope) -> io::Result<()> {
+        const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGKILL];
+        if self.makes_dump(signal) {
+            return self.tell_supervisor(signal);
+        }
+        if ENDING.contains(&signal) && !self.clients[index].supervises {
+            // The supervisor is to take the end that may follow for what it is.
+            write_entry_file(&entry_path(&self.entry), "end-requested", b"")?;
+        }
+        self.kill(signal, scope)
     }
 
     fn kill(&self, signal: i32, scope: KillScope) -> io::Result<()> {
@@ -450,7 +543,7 @@ impl Supervisor {
             }
             Some(Kind::Kill) => {
                 let result = match parse_kill_arg(message.arg) {
-                    Some((signal, scope)) => self.kill(i32::from(signal), scope),
+                    Some((signal, scope)) => self.kill_for(index, i32::from(signal), scope),
                     None => Err(io::Error::from_raw_os_error(libc::EINVAL)),
                 };
                 self.reply(index, result);
@@ -460,6 +553,24 @@ impl Supervisor {
                 self.clients[index].waits_for =
                     Some(if whole_job { WaitsFor::WholeJob } else { WaitsFor::MainProcess });
             }
+            Some(Kind::Supervise) => {
+                for client in &mut self.clients {
+                    client.supervises = false;
+                }
+                self.clients[index].supervises = true;
+                self.was_supervised = true;
+                self.clients[index].push(Kind::Done, 0, b"");
+                for signal in std::mem::take(&mut self.untold) {
+                    self.clients[index].push(Kind::DumpSignal, i64::from(signal), b"");
+                }
+            }
+            Some(Kind::Settle) => match &self.fetching {
+                Some(fetching) => {
+                    fetching.hurry();
+                    self.clients[index].waits_to_settle = true;
+                }
+                None => self.clients[index].push(Kind::Done, 0, b""),
+            },
             Some(Kind::Attach) => self.attach(index, message.arg),
             Some(Kind::Detach) => {
                 self.clients[index].attached = false;
@@ -658,6 +769,10 @@ impl Supervisor {
             domainname: kernel("domainname"),
             sysv_objects: table("shm") + table("msg"),
             semaphore_sets: table("sem"),
+            missing_memory: self.fetching.as_ref().map(|fetching| {
+                let (missing_bytes, total_bytes) = fetching.missing_bytes();
+                MissingMemory { missing_bytes, total_bytes }
+            }),
         }
     }
 

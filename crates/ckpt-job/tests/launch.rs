@@ -70,7 +70,11 @@ fn spec(scratch: &Path, test: &str) -> LaunchSpec {
         time: None,
         log: scratch.join("log"),
         restored_from: Some("a checkpoint".to_owned()),
+        mergeable: false,
         restored_command: Vec::new(),
+        with_files: false,
+        supervised: None,
+        by_supervisor: false,
     }
 }
 
@@ -80,7 +84,13 @@ const DAY_NS: i64 = 86_400_000_000_000;
 fn start(context: &mut InitContext) -> Result<Started, StartError> {
     let Work::Restore(payload) = context.spec.work.clone() else { panic!("no payload") };
     let child = |code: i32| ckpt_sys::spawn::fork_child(move || code).unwrap();
-    let ready = |main_pid| Started { main_pid, main_exited: None, release: Box::new(|| Ok(())) };
+    let ready = |main_pid| Started {
+        main_pid,
+        main_exited: None,
+        details: serde_json::Value::Null,
+        fetching: None,
+        release: Box::new(|| Ok(())),
+    };
     match payload["do"].as_str().unwrap() {
         "context" => {
             context.progress.line("half way");
@@ -158,7 +168,7 @@ fn names_clocks_and_descriptors_reach_the_job(spec: &LaunchSpec) {
     read.read_to_string(&mut report).unwrap();
     assert_eq!(report, "elsewhere a.domain 700 800 1");
     assert_ne!(nix::unistd::gethostname().unwrap(), OsStr::new("elsewhere"));
-    let end = ckpt_job::foreground(job).unwrap();
+    let end = ckpt_job::foreground(job, || {}).unwrap();
     assert_eq!(end, AttachmentEnd::Exited(WaitOutcome { status: ExitStatus::Exited(3), job_ended: true }));
 }
 
@@ -222,7 +232,7 @@ fn a_panic_in_init_is_told(spec: &LaunchSpec) {
 
 fn a_main_process_that_ended_before(spec: &LaunchSpec) {
     let job = launch(spec.clone(), Vec::new(), |_| ()).unwrap();
-    match ckpt_job::foreground(job).unwrap() {
+    match ckpt_job::foreground(job, || {}).unwrap() {
         AttachmentEnd::Exited(outcome) => assert_eq!(outcome.status, ExitStatus::Signalled(15)),
         other => panic!("{other:?}"),
     }
@@ -245,6 +255,11 @@ fn the_launchers_death_before_the_commit_ends_all(spec: &LaunchSpec) {
     nix::sys::signal::kill(Pid::from_raw(launcher), nix::sys::signal::Signal::SIGKILL).unwrap();
     waitpid(Pid::from_raw(launcher), None).unwrap();
     assert_eq!(read.read(&mut byte).unwrap(), 0, "the end of the pipe");
-    assert!(!Registry::open().unwrap().live_names().unwrap().contains(&spec.name));
+    // A process that ends closes one file after the other: the lock may go after the pipe.
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while Registry::open().unwrap().live_names().unwrap().contains(&spec.name) {
+        assert!(std::time::Instant::now() < until, "still alive");
+        std::thread::yield_now();
+    }
     assert!(!entry_exists(&spec.name), "swept");
 }

@@ -57,7 +57,7 @@ impl Fork {
         live.step()?;
         if live.step()? == Stop::Syscall {
             let n = ptrace::registers(pid).map_err(err("get registers"))?.rax as i64;
-            erase(pid, memory, code)?;
+            erase(live, memory, code)?;
             return Ok(Err(Errno::from_raw(-n as i32)));
         }
         let helper = ptrace::event_message(pid).map_err(err("get the helper's pid"))?;
@@ -86,7 +86,7 @@ impl Fork {
         };
         let forked = helper.forked(pid)?;
         live.stopped()?;
-        erase(pid, memory, self.code)?;
+        erase(live, memory, self.code)?;
         Ok(forked)
     }
 }
@@ -155,6 +155,9 @@ impl Drop for CopyProcess {
     }
 }
 
-fn erase(pid: Pid, memory: &Forced, (at, bytes): (u64, usize)) -> Result<(), InjectError> {
+/// Removes the code, once the task is out of it.
+fn erase(live: &Live, memory: &Forced, (at, bytes): (u64, usize)) -> Result<(), InjectError> {
+    live.rest()?;
+    let pid = live.pid();
     memory.write(at, &vec![0; bytes]).map_err(|source| InjectError::Memory { pid, source })
 }

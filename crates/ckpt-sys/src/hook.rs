@@ -37,6 +37,27 @@ pub fn report() {
     counting::report();
 }
 
+/// A page of a lazily restored job is about to be fetched because somebody waits for it: here tests end the page server
+/// (`CKPT_TEST_PAGE_SERVER`: `panic:PATH` or `kill:PATH`), once the path exists.
+pub fn page_server() {
+    #[cfg(feature = "test-hooks")]
+    if let Ok(value) = std::env::var("CKPT_TEST_PAGE_SERVER")
+        && let Some((what, path)) = value.split_once(':')
+        && std::path::Path::new(path).exists()
+    {
+        match what {
+            "panic" => panic!("as the test asked for"),
+            _ => crate::task::kill_self(),
+        }
+    }
+}
+
+/// True if pages of a lazily restored job are to be fetched only when somebody waits for them (`CKPT_TEST_PAGE_SERVER`, whatever its
+/// value), so that tests find them missing.
+pub fn page_server_held() -> bool {
+    cfg!(feature = "test-hooks") && std::env::var_os("CKPT_TEST_PAGE_SERVER").is_some()
+}
+
 /// True if the restore of this kind is to be left out (`CKPT_TEST_SKIP_RESTORE`).
 pub fn skipped(kind: &str) -> bool {
     #[cfg(feature = "test-hooks")]

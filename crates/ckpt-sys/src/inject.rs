@@ -165,10 +165,14 @@ impl Live {
             stop_again: false,
         };
         // From here on the task finishes by itself: first the registers, then the mask, which the block puts back.
-        let getpid = arch::with_syscall(saved, padding.start, libc::SYS_getpid, [0; 6]);
-        ptrace::set_registers(pid, &getpid).map_err(err("set registers"))?;
+        live.rest()?;
         ptrace::set_signal_mask(pid, u64::MAX).map_err(err("set signal mask"))?;
         Ok(live)
+    }
+
+    /// What the last call would undo was not done. (A task left to finish by itself still makes it.)
+    pub fn nothing_to_undo(&mut self) {
+        self.last = NO_CALL;
     }
 
     /// The task.
@@ -236,6 +240,13 @@ impl Live {
     /// Registers with which the task makes a call by the `syscall` instruction at `at`.
     pub(crate) fn registers_at(&self, at: u64, call: SystemCall) -> Registers {
         arch::with_syscall(&self.saved, at, call.0, call.1)
+    }
+
+    /// Points the task at its block, out of any other code.
+    pub(crate) fn rest(&self) -> Result<(), InjectError> {
+        let registers = self.registers_at(self.padding.start, NO_CALL);
+        let err = |errno| InjectError::Ptrace { pid: self.pid, what: "set registers", errno };
+        ptrace::set_registers(self.pid, &registers).map_err(err)
     }
 
     /// Where its block is, and what is free behind it.

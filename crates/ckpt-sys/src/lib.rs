@@ -7,6 +7,7 @@ pub mod arch;
 pub mod area;
 pub mod clock;
 pub mod descriptor;
+pub mod device;
 pub mod frozen_copy;
 pub mod hook;
 pub mod inject;
@@ -20,6 +21,7 @@ pub mod pty;
 pub mod socket;
 pub mod spawn;
 pub mod task;
+pub mod userfault;
 pub mod userfaultfd;
 
 pub use libc;

@@ -6,7 +6,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 
 use nix::sys::socket::{
@@ -131,6 +131,54 @@ pub fn receive_packet(socket: BorrowedFd<'_>, buffer: &mut [u8], wait: bool) -> 
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Sends a packet of one byte, with a copy of a descriptor if there is one. Waits while the queue is full.
+///
+/// # Errors
+/// As sendmsg(2): `EPIPE` when the peer is gone, `ETOOMANYREFS` with too many descriptors on their way.
+pub fn send_descriptor(socket: BorrowedFd<'_>, byte: u8, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let fds: Vec<RawFd> = fd.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let rights = if fds.is_empty() { &[] } else { &rights[..] };
+    loop {
+        match sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[io::IoSlice::new(&[byte])],
+            rights,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        ) {
+            Ok(_) => return Ok(()),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Receives what [`send_descriptor`] sent, the descriptor close-on-exec; `None` at the end of the connection.
+///
+/// # Errors
+/// As recvmsg(2).
+pub fn receive_descriptor(socket: BorrowedFd<'_>) -> io::Result<Option<(u8, Option<OwnedFd>)>> {
+    let mut byte = [0u8];
+    let mut space = nix::cmsg_space!(RawFd);
+    let mut parts = [io::IoSliceMut::new(&mut byte)];
+    let got = loop {
+        match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+            Err(nix::errno::Errno::EINTR) => {}
+            other => break other?,
+        }
+    };
+    let mut fds = Vec::new();
+    for message in got.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(numbers) = message {
+            // SAFETY: the kernel has just made these descriptors for this message; nobody else knows their numbers.
+            fds.extend(numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    let bytes = got.bytes;
+    Ok((bytes > 0).then(|| (byte[0], fds.into_iter().next())))
 }
 
 /// As [`send_packet`], with descriptors (SCM_RIGHTS), of which the receiver gets copies.

@@ -279,6 +279,25 @@ fn run_if_child(pid: libc::pid_t, child: impl FnOnce() -> i32) -> io::Result<i32
     Ok(pid)
 }
 
+/// Makes `command` start with no signal blocked, whatever is blocked here, and with the descriptors `pass` open; with `dies_too`,
+/// SIGKILL reaches it when the calling thread ends.
+pub fn clean_start(command: &mut std::process::Command, pass: Vec<RawFd>, dies_too: bool) {
+    use std::os::unix::process::CommandExt as _;
+    let prepare = move || {
+        set_blocked_signals(0)?;
+        for fd in &pass {
+            set_close_on_exec(*fd, false)?;
+        }
+        if dies_too {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+        }
+        Ok(())
+    };
+    // SAFETY: runs between fork and exec and makes system calls only: no lock is taken and nothing is allocated (a failure makes an
+    // io::Error of an errno, which needs no memory).
+    unsafe { command.pre_exec(prepare) };
+}
+
 /// What [`reap_any`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reaped {

@@ -6,7 +6,7 @@ use crate::error::DumpError;
 use crate::kind::Kind;
 use crate::model::process::{Process, Task};
 use crate::resource::{At, Collect, Collected, Resource, in_order};
-use ckpt_sys::inject::{Live, NO_CALL, Padding, SCRATCH_BYTES};
+use ckpt_sys::inject::{Live, NO_CALL, Padding, SCRATCH_BYTES, SystemCall};
 use ckpt_sys::memory::Forced;
 
 /// Runs all kinds over the job, its open files, its processes and their threads.
@@ -92,6 +92,17 @@ pub(crate) fn no_place(pid: i32) -> DumpError {
 
 /// Starts an injection into a frozen thread.
 pub(crate) fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {
+    open_undone_by(p, t, memory, padding, NO_CALL)
+}
+
+/// Starts an injection into a frozen thread, which makes the call `last` before it goes on.
+pub(crate) fn open_undone_by(
+    p: &Process,
+    t: &Task,
+    memory: &Forced,
+    padding: Padding,
+    last: SystemCall,
+) -> Result<Live, DumpError> {
     let missing = || DumpError::Process {
         pid: p.pid,
         what: format!("state of thread {}", t.tid),
@@ -99,5 +110,5 @@ pub(crate) fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> 
     };
     let frozen = t.frozen.as_ref().ok_or_else(missing)?;
     let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
-    Ok(Live::open(t.host, memory, padding, scratch, &frozen.registers, frozen.quiet, NO_CALL)?)
+    Ok(Live::open(t.host, memory, padding, scratch, &frozen.registers, frozen.quiet, last)?)
 }

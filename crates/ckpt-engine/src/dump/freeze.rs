@@ -4,6 +4,7 @@
 //! Dropping a [`FrozenJob`] resumes the job, and so does the kernel if the dumper is killed.
 
 use super::dumpable::MadeDumpable;
+use super::phases::Phases;
 use super::{discover, short_write};
 use crate::error::{DumpError, Refusals};
 use crate::model::process::{Frozen, Task, children};
@@ -244,7 +245,7 @@ impl Drop for Tasks {
 ///
 /// # Errors
 /// [`DumpError::NotStopped`] names a task that does not stop; in each case the job runs on.
-pub fn freeze(info: &JobInfo) -> Result<FrozenJob, DumpError> {
+pub fn freeze(info: &JobInfo, phases: &mut Phases) -> Result<FrozenJob, DumpError> {
     let mut tasks = Tasks::default();
     let mut quiet_rounds = 0;
     let started = Instant::now();
@@ -271,6 +272,7 @@ pub fn freeze(info: &JobInfo) -> Result<FrozenJob, DumpError> {
         let settled = !new && tasks.running.is_empty();
         quiet_rounds = if settled { quiet_rounds + 1 } else { 0 };
     }
+    phases.end("stop");
     let mut opened = MadeDumpable::default();
     let (mut job, refusals) = loop {
         let mut refusals = Refusals::default();
@@ -303,7 +305,9 @@ pub fn freeze(info: &JobInfo) -> Result<FrozenJob, DumpError> {
             };
         }
     }
+    phases.end("observe");
     discover::examine(&mut job, refusals)?;
+    phases.end("examine");
     Ok(FrozenJob { job, opened, tasks })
 }
 

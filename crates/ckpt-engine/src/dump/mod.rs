@@ -7,6 +7,7 @@ pub mod discover;
 pub mod dumpable;
 pub mod freeze;
 pub mod pace;
+pub mod phases;
 pub mod short_write;
 pub mod snapshot;
 pub mod write;
@@ -35,36 +36,14 @@ pub struct DumpRequest<'a> {
     pub stop: bool,
     /// For an incremental dump: what is known so far. Without it nothing is tracked.
     pub incremental: Option<Incremental>,
+    /// Save the content of files that the job is writing, too.
+    pub with_files: bool,
     /// Bytes a second that are written at most.
     pub io_limit: Option<NonZeroU64>,
     /// Free bytes of the store; asked before anything is stopped.
     pub free_bytes: u64,
     /// Told of the progress: bytes done, bytes in all.
     pub progress: &'a mut dyn FnMut(u64, u64),
-}
-
-/// How long each step took, in nanoseconds. The job stands still from *freeze* to *resume*.
-#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
-#[allow(missing_docs)]
-pub struct Phases {
-    pub discover: u64,
-    pub barrier: u64,
-    pub freeze: u64,
-    pub collect: u64,
-    pub snapshot: u64,
-    pub resume: u64,
-    pub write: u64,
-}
-
-/// Takes the time of one step after the other.
-struct Stopwatch(Instant);
-
-impl Stopwatch {
-    fn lap(&mut self) -> u64 {
-        let now = Instant::now();
-        let lap = now - std::mem::replace(&mut self.0, now);
-        u64::try_from(lap.as_nanos()).unwrap_or(u64::MAX)
-    }
 }
 
 /// What was done.
@@ -74,8 +53,6 @@ pub struct DumpReport {
     pub summary: Summary,
     /// How long the job was stopped, as seen from outside.
     pub pause: Duration,
-    /// How long the steps took.
-    pub phases: Phases,
     /// Number of processes.
     pub processes: usize,
     /// Number of threads.
@@ -86,6 +63,8 @@ pub struct DumpReport {
     pub account: Account,
     /// What became of an incremental dump.
     pub incremental: Option<track::Outcome>,
+    /// How long each phase took.
+    pub phases: phases::Phases,
     /// What the person who dumps should know.
     pub warnings: Vec<String>,
     /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
@@ -114,10 +93,20 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 /// # Errors
 /// In each case the job runs on as before.
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
-    let DumpRequest { mut info, dir, compression, engine, stop, incremental, io_limit, free_bytes, progress } =
-        request;
+    let DumpRequest {
+        mut info,
+        dir,
+        compression,
+        engine,
+        stop,
+        incremental,
+        with_files,
+        io_limit,
+        free_bytes,
+        progress,
+    } = request;
     info.tracked.extend(incremental.iter().flat_map(|i| i.tracking.watched()));
-    let (mut phases, mut watch) = (Phases::default(), Stopwatch(Instant::now()));
+    let mut phases = phases::Phases::default();
     let found = discover::discover(&info)?;
     let engine = engine.prepare(&found.job, stop)?;
     found.check_room(engine.as_ref(), compression, free_bytes, dir)?;
@@ -127,38 +116,41 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
         None => None,
     };
     let writer = write::start(dir, compression, tracker.as_mut())?;
-    phases.discover = watch.lap();
+    phases.end("discover");
     barrier::prepare(&found.job);
-    phases.barrier = watch.lap();
+    phases.end("barrier");
     let started = Instant::now();
-    let mut frozen = freeze::freeze(&info)?;
-    phases.freeze = watch.lap();
+    let mut frozen = freeze::freeze(&info, &mut phases)?;
     frozen.job.build_ids = found.job.build_ids;
     let mut warnings = Vec::new();
     let mut collected = collect::collect(&mut frozen, &mut warnings)?;
-    phases.collect = watch.lap();
+    phases.end("collect");
+    if with_files {
+        crate::resource::saved_file::keep(&frozen.job, dir, &mut collected)?;
+        phases.end("files");
+    }
     let mut snapshot = snapshot::take(engine, tracker.as_mut(), &mut frozen, &mut collected)?;
-    phases.snapshot = watch.lap();
+    phases.end("snapshot");
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
-    phases.resume = watch.lap();
     let pause = started.elapsed();
+    phases.end("resume");
     let shared_bytes: u64 = collected.sources.iter().filter(|s| s.is_file()).map(Source::bytes).sum();
     let memory_bytes = found.memory_bytes + shared_bytes;
     let mut advance = |n| progress(n, memory_bytes);
     let (same, pace) = (tracker.as_ref().map_or(&[][..], Tracker::same), Pace::new(io_limit));
     let (summary, account) = write::write(writer, collected, snapshot.as_mut(), same, &pace, &mut advance)?;
-    phases.write = watch.lap();
+    phases.end("write");
     let incremental = tracker.map(Tracker::finish);
     Ok(DumpReport {
         summary,
         pause,
-        phases,
         processes,
         threads,
         memory_bytes,
         account,
         incremental,
+        phases,
         warnings,
         frozen,
     })

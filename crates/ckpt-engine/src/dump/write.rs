@@ -58,6 +58,7 @@ pub fn write(
             sources: &collected.sources,
             same,
             deferred: &collected.deferred,
+            kept: &collected.kept,
             stored: &mut stored,
             writer: &mut writer,
             pace,

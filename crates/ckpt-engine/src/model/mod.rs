@@ -42,6 +42,8 @@ pub struct JobInfo {
     pub semaphore_sets: u64,
     /// Processes whose memory ckpt itself watches for writes.
     pub tracked: Vec<process::ProcessId>,
+    /// Its restore has made its memory mergeable (MADV_MERGEABLE), which the application did not ask for.
+    pub mergeable: bool,
 }
 
 /// A descriptor the job was started with.
@@ -72,6 +74,44 @@ pub struct Job {
     pub groups: HashMap<i32, i32>,
     /// Build-ids of mapped files, as *discover* read them.
     pub build_ids: build_id::BuildIds,
+    /// Order of descriptors (process as ckpt sees it, number) among those of one inode, as kcmp(2) has it.
+    order: HashMap<(Pid, i32), usize>,
+}
+
+/// A descriptor before it is known whose description it refers to.
+struct Slot {
+    process: usize,
+    number: i32,
+    seen: file::Seen,
+}
+
+/// Sorts by the kernel's order of objects and puts equal ones together, in few comparisons if they come in that order.
+fn same_objects<T: Copy>(
+    all: &[T],
+    mut order: impl FnMut(&T, &T) -> Result<std::cmp::Ordering, DumpError>,
+) -> Result<Vec<Vec<T>>, DumpError> {
+    use std::cmp::Ordering;
+    let mut classes: Vec<Vec<T>> = Vec::new();
+    for item in all {
+        let (mut low, mut high) = (0, classes.len());
+        let mut probe = high.wrapping_sub(1);
+        let found = loop {
+            if low == high {
+                break None;
+            }
+            match order(&classes[probe][0], item)? {
+                Ordering::Equal => break Some(probe),
+                Ordering::Less => low = probe + 1,
+                Ordering::Greater => high = probe,
+            }
+            probe = low + (high - low) / 2;
+        };
+        match found {
+            Some(at) => classes[at].push(*item),
+            None => classes.insert(low, vec![*item]),
+        }
+    }
+    Ok(classes)
 }
 
 impl Job {
@@ -102,12 +142,8 @@ impl Job {
     }
 
     fn identify_files(&mut self, refusals: &mut Refusals) -> Result<(), DumpError> {
-        // Candidates for being one description: same inode, same flags and position. kcmp decides.
-        let mut groups: HashMap<(u64, u64, i32, u64, String), Vec<u64>> = HashMap::new();
-        for p in &mut self.processes {
-            if p.zombie.is_some() {
-                continue;
-            }
+        let mut slots = Vec::new();
+        for (index, p) in self.processes.iter_mut().enumerate().filter(|(_, p)| p.zombie.is_none()) {
             let list = match file::descriptors(p.host) {
                 Err(_) if p.is_closed_now() => {
                     p.closed = true;
@@ -115,35 +151,55 @@ impl Job {
                 }
                 list => list?,
             };
-            for (number, seen) in list {
-                let key = (seen.stat.dev, seen.stat.ino, seen.flags, seen.position, seen.target.clone());
-                let ids = groups.entry(key).or_default();
-                let mut same = None;
-                for id in ids.iter() {
-                    let f = &self.files[id];
-                    let what = ckpt_sys::task::Shared::File(f.fd, number);
-                    match ckpt_sys::task::kcmp(f.host, p.host, what) {
-                        Ok(std::cmp::Ordering::Equal) => {
-                            same = Some(*id);
-                            break;
-                        }
-                        Ok(_) => {}
-                        Err(ckpt_sys::Errno::EBADF | ckpt_sys::Errno::ESRCH) => {}
-                        Err(e) => return Err(DumpError::fd(p.pid, number, "kcmp")(e)),
-                    }
+            slots.extend(list.into_iter().map(|(number, seen)| Slot { process: index, number, seen }));
+        }
+        // Candidates for being one description: same inode, same flags and position. kcmp decides.
+        let mut groups: HashMap<_, Vec<usize>> = HashMap::with_capacity(slots.len());
+        for (i, s) in slots.iter().enumerate() {
+            let (stat, at) = (&s.seen.stat, (s.seen.flags, s.seen.position));
+            groups.entry((stat.dev, stat.ino, at, &s.seen.link)).or_default().push(i);
+        }
+        // The first slot of each description.
+        let mut first: Vec<usize> = (0..slots.len()).collect();
+        for mut group in groups.into_values().filter(|g| g.len() > 1) {
+            // In the order that was found before, each comes behind the last.
+            let rank =
+                |i: &usize| self.order.get(&(self.processes[slots[*i].process].host, slots[*i].number));
+            group.sort_by_key(|i| (rank(i).copied().unwrap_or(usize::MAX), *i));
+            let classes = same_objects(&group, |&a, &b| {
+                let (x, y) = (&slots[a], &slots[b]);
+                let what = ckpt_sys::task::Shared::File(x.number, y.number);
+                let (p, q) = (&self.processes[x.process], &self.processes[y.process]);
+                match ckpt_sys::task::kcmp(p.host, q.host, what) {
+                    // Closed since; it is another then.
+                    Err(ckpt_sys::Errno::EBADF | ckpt_sys::Errno::ESRCH) => Ok(std::cmp::Ordering::Less),
+                    order => order.map_err(DumpError::fd(q.pid, y.number, "kcmp")),
                 }
-                let cloexec = seen.cloexec;
-                let id = same.unwrap_or_else(|| {
-                    let id = self.files.len() as u64 + 1;
-                    self.files.insert(id, OpenFile::new(id, p.pid, p.host, number, seen));
-                    ids.push(id);
-                    id
-                });
-                if let Some(f) = self.files.get_mut(&id) {
-                    f.holders.push((p.pid, number));
+            })?;
+            for (n, class) in classes.into_iter().enumerate() {
+                let lowest = class.iter().copied().min().unwrap_or_default();
+                for i in class {
+                    first[i] = lowest;
+                    self.order.insert((self.processes[slots[i].process].host, slots[i].number), n);
                 }
-                p.descriptors.push(Descriptor { number, file: id, cloexec });
             }
+        }
+        let mut ids: Vec<u64> = Vec::with_capacity(slots.len());
+        for (i, s) in slots.into_iter().enumerate() {
+            let (number, cloexec) = (s.number, s.seen.cloexec);
+            let p = &mut self.processes[s.process];
+            let file = if first[i] == i {
+                let id = self.files.len() as u64 + 1;
+                self.files.insert(id, OpenFile::new(id, p.pid, p.host, number, s.seen));
+                id
+            } else {
+                ids[first[i]]
+            };
+            ids.push(file);
+            if let Some(f) = self.files.get_mut(&file) {
+                f.holders.push((p.pid, number));
+            }
+            p.descriptors.push(Descriptor { number, file, cloexec });
         }
         self.refuse_shared_tables(refusals)
     }
@@ -153,23 +209,29 @@ impl Job {
         use ckpt_sys::task::{Shared, kcmp};
         let live: Vec<&Process> = self.processes.iter().filter(|p| p.zombie.is_none()).collect();
         let advice = "a vfork or clone without CLONE_THREAD; dump when it is over";
-        for (i, a) in live.iter().enumerate() {
-            for b in &live[i + 1..] {
-                // A vfork in progress, seen while the job runs: it is over when the parent can be stopped.
-                if b.ppid == a.pid && a.stat.state == 'D' || a.ppid == b.pid && b.stat.state == 'D' {
-                    continue;
-                }
-                for (what, name) in [
-                    (Shared::Memory, "memory"),
-                    (Shared::Files, "its descriptor table"),
-                    (Shared::Fs, "its working directory"),
-                    (Shared::SignalActions, "its signal actions"),
-                ] {
-                    if kcmp(a.host, b.host, what) == Ok(std::cmp::Ordering::Equal) {
+        for (what, name) in [
+            (Shared::Memory, "memory"),
+            (Shared::Files, "its descriptor table"),
+            (Shared::Fs, "its working directory"),
+            (Shared::SignalActions, "its signal actions"),
+        ] {
+            let classes = same_objects(&live, |a, b| {
+                // Without a right to compare them, or if one is gone: not the same.
+                Ok(kcmp(a.host, b.host, what).unwrap_or(std::cmp::Ordering::Less))
+            })?;
+            for class in classes {
+                for (i, a) in class.iter().enumerate() {
+                    for b in &class[i + 1..] {
+                        // A vfork in progress, seen while the job runs: it is over when the parent can be stopped.
+                        if b.ppid == a.pid && a.stat.state == 'D' || a.ppid == b.pid && b.stat.state == 'D' {
+                            continue;
+                        }
                         refusals.process(a.pid, format!("shares {name} with process {}", b.pid), advice);
                     }
                 }
             }
+        }
+        for a in live {
             for t in &a.threads[1..] {
                 for (what, name) in [(Shared::Files, "descriptor table"), (Shared::Fs, "working directory")] {
                     if matches!(kcmp(a.host, t.host, what), Ok(o) if o != std::cmp::Ordering::Equal) {
@@ -201,5 +263,31 @@ impl Job {
     pub fn inner_tid(&self, host: i32) -> Option<i32> {
         let host = Pid::from_raw(host);
         self.processes.iter().flat_map(|p| &p.threads).find(|t| t.host == host).map(|t| t.tid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn objects_are_put_together_in_any_order() {
+        let items: Vec<(u32, u32)> = (0..500).map(|i| (i * 7919 % 100, i)).collect();
+        let classes = same_objects(&items, |a, b| Ok(a.0.cmp(&b.0))).unwrap();
+        assert_eq!(classes.len(), 100);
+        for (n, class) in classes.iter().enumerate() {
+            assert!(class.len() == 5 && class.iter().all(|i| i.0 == n as u32));
+        }
+    }
+
+    #[test]
+    fn what_comes_in_order_is_compared_once() {
+        let mut compared = 0;
+        let items: Vec<u32> = (0..1000).collect();
+        let classes = same_objects(&items, |a, b| {
+            compared += 1;
+            Ok(a.cmp(b))
+        });
+        assert_eq!((classes.unwrap().len(), compared), (1000, 999));
     }
 }

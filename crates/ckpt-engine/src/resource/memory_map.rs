@@ -12,6 +12,7 @@ use crate::model::file::FileStat;
 use crate::model::memory::Vma;
 use crate::model::process::{Process, ProcessId};
 use crate::restore::build_tree::{Build, open_call};
+use crate::restore::fill_memory::is_private_anonymous;
 use crate::restore::plan::VDSO_ROOM;
 use crate::snapshot::{From, Pages, Range, Source};
 use ckpt_image::codec::{Decode, Encode};
@@ -160,6 +161,11 @@ const ADVICE: &[(&str, i32)] = &[
     ("mg", libc::MADV_MERGEABLE),
 ];
 
+/// Advice on whether pages are to be huge.
+fn is_page_size(advice: i32) -> bool {
+    matches!(advice, libc::MADV_HUGEPAGE | libc::MADV_NOHUGEPAGE)
+}
+
 /// The kind.
 #[derive(Debug)]
 pub struct MemoryMapResource;
@@ -284,7 +290,9 @@ impl MemoryMapResource {
                 plain.push(range(v, Pages::Private));
                 Backing::Anonymous
             };
-            let advice = ADVICE.iter().filter(|(n, _)| v.has(n)).map(|(_, a)| *a).collect();
+            // What ckpt itself has made mergeable is not so by the application's will.
+            let ours = |a: i32| cx.job.info.mergeable && a == libc::MADV_MERGEABLE;
+            let advice = ADVICE.iter().filter(|(n, a)| v.has(n) && !ours(*a)).map(|(_, a)| *a).collect();
             let name = v.name.strip_prefix("[anon:").and_then(|n| n.strip_suffix(']')).unwrap_or("");
             vmas.push(VmaRecord {
                 start: v.start,
@@ -435,6 +443,10 @@ fn map_one(
         None => {
             let flags = (flags | libc::MAP_ANONYMOUS) as u64;
             b.call(what, libc::SYS_mmap, &[v.start, length, prot as u64, flags, u64::MAX, 0]);
+            // Before the pages come: it decides their size.
+            for a in v.advice.iter().filter(|a| is_page_size(**a)) {
+                b.call(format!("madvise {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
+            }
         }
         Some(path) => {
             let access = if shared && v.may_write { libc::O_RDWR } else { libc::O_RDONLY };
@@ -492,7 +504,10 @@ impl Resource for MemoryMapResource {
     }
 
     fn create(&self, cx: &mut Build<'_>, record: &Record) -> Result<(), RestoreError> {
-        let m: MemoryMapRecord = decode(record, VERSION)?;
+        let mut m: MemoryMapRecord = decode(record, VERSION)?;
+        for f in &mut m.files {
+            f.path = super::saved_file::path_now(cx, &f.path);
+        }
         Self::lay_out(cx, record.owner as i32, &m)
     }
 
@@ -500,6 +515,7 @@ impl Resource for MemoryMapResource {
         const PR_SET_VMA: u64 = 0x5356_4d41;
         let pid = record.owner as i32;
         let m: MemoryMapRecord = decode(record, VERSION)?;
+        let mergeable = cx.request.options.mergeable;
         for chunk in m.vmas.chunks(80) {
             cx.run(pid, |b| {
                 for v in chunk.iter().filter(|v| !matches!(v.backing, Backing::Kernel { .. })) {
@@ -514,6 +530,10 @@ impl Resource for MemoryMapResource {
                     }
                     for a in &v.advice {
                         b.call(format!("madvise {at} {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
+                    }
+                    if mergeable && is_private_anonymous(v) {
+                        let what = format!("madvise {at} MADV_MERGEABLE");
+                        b.call(what, libc::SYS_madvise, &[v.start, length, libc::MADV_MERGEABLE as u64]);
                     }
                     if let Some(flags) = v.locked {
                         b.call(format!("mlock {at}"), libc::SYS_mlock2, &[v.start, length, u64::from(flags)]);

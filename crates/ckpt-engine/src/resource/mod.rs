@@ -16,6 +16,7 @@ pub mod memory_map;
 pub mod pending_signal;
 pub mod process;
 pub mod rseq;
+pub mod saved_file;
 pub mod scheduler;
 pub mod shared_object;
 pub mod shm_file;
@@ -74,6 +75,8 @@ pub struct Collected {
     pub deferred: Vec<Deferred>,
     /// Shared objects by device and inode.
     pub objects: std::collections::BTreeMap<(u64, u64), u64>,
+    /// Content of files that the job is writing.
+    pub kept: Vec<saved_file::Kept>,
     /// Pids of processes that adopt orphans (PR_SET_CHILD_SUBREAPER).
     pub subreapers: std::collections::BTreeSet<i32>,
     next_object: u64,
@@ -195,6 +198,8 @@ pub struct Content<'a> {
     pub same: &'a [Vec<Same>],
     /// Records that were left for now.
     pub deferred: &'a [Deferred],
+    /// Content of files that the job is writing.
+    pub kept: &'a [saved_file::Kept],
     /// Where pages have been stored so far.
     pub stored: &'a mut Stored,
     /// The image.
@@ -348,6 +353,7 @@ pub static REGISTRY: &[&dyn Resource] = &[
     &scheduler::SchedulerResource,
     &attribute::AttributeResource,
     &rseq::RseqResource,
+    &saved_file::SavedFileResource,
     &fd::external::ExternalResource,
     &fd::tty::TtyResource,
     &fd::regular_file::RegularFileResource,

@@ -156,7 +156,7 @@ impl Resource for ShmFileResource {
                     .open(path)
                     .map_err(err("creating"))?;
                 file.set_len(f.bytes).map_err(err("sizing"))?;
-                fill_file(cx, &file, object, f.bytes, &mut Vec::new())?;
+                fill_file(cx, &file, object, f.bytes)?;
             }
         }
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(f.mode & 0o7777))

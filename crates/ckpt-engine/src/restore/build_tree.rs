@@ -5,6 +5,7 @@
 //! Where the leader of a session or group is gone, a ghost stands in until the tree is complete.
 
 use super::RestoreRequest;
+use super::page_server::PageServer;
 use super::plan::Plan;
 use super::read::Image;
 use crate::error::RestoreError;
@@ -14,6 +15,7 @@ use crate::resource::process::ProcessRecord;
 use ckpt_sys::area::{Area, Batch, CallId};
 use ckpt_sys::{Pid, libc, ptrace};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 const F_DUPFD_CLOEXEC: u64 = libc::F_DUPFD_CLOEXEC as u64;
 const CLONE_PARENT: u64 = libc::CLONE_PARENT as u64;
@@ -24,7 +26,7 @@ pub struct Build<'a> {
     /// What init provides.
     pub request: &'a RestoreRequest,
     /// The image.
-    pub image: &'a Image,
+    pub image: &'a Arc<Image>,
     /// What was planned.
     pub plan: Plan,
     /// The shared area of remote calls.
@@ -39,10 +41,16 @@ pub struct Build<'a> {
     pub pipes: BTreeMap<u64, (i32, i32)>,
     /// Ends of socket pairs being rebuilt, by inode number: where they are kept.
     pub sockets: BTreeMap<u64, (i32, i32)>,
+    /// Files to be put back.
+    pub rollbacks: super::rollback::Rollbacks,
     /// First descriptor number of each process that its table doesn't use.
     free_numbers: BTreeMap<i32, i32>,
     /// What the person who restores should know.
     pub warnings: Vec<String>,
+    /// Who fetches memory that is left in the image.
+    pub page_server: Option<PageServer>,
+    /// Why there is none although the restore was to be lazy.
+    pub eager_because: Option<String>,
     ghosts: BTreeSet<i32>,
 }
 
@@ -61,7 +69,11 @@ impl<'a> Build<'a> {
     ///
     /// # Errors
     /// If its place is taken.
-    pub fn new(request: &'a RestoreRequest, image: &'a Image, plan: Plan) -> Result<Build<'a>, RestoreError> {
+    pub fn new(
+        request: &'a RestoreRequest,
+        image: &'a Arc<Image>,
+        plan: Plan,
+    ) -> Result<Build<'a>, RestoreError> {
         let area =
             Area::map(plan.hole).map_err(RestoreError::errno(1, "mapping the area for remote calls"))?;
         let mut processes = BTreeMap::new();
@@ -81,6 +93,9 @@ impl<'a> Build<'a> {
             free_numbers: plan.free_numbers.clone(),
             plan,
             warnings: Vec::new(),
+            rollbacks: super::rollback::Rollbacks::default(),
+            page_server: None,
+            eager_because: None,
             ghosts: BTreeSet::new(),
         })
     }

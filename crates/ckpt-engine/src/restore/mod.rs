@@ -6,17 +6,24 @@
 
 pub mod build_tree;
 pub mod fill_memory;
+pub mod page_keeper;
+pub mod page_server;
 pub mod plan;
 pub mod read;
 pub mod resume;
+pub mod rollback;
+pub mod working_set;
 
 use crate::error::RestoreError;
 use crate::kind::Kind;
 use crate::resource::in_order;
 use build_tree::Build;
 use ckpt_image::Record;
+use page_server::PageServer;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
 
 /// What to do with files that changed since the dump.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -40,6 +47,11 @@ pub struct RestoreOptions {
     pub files: FilePolicy,
     /// Paths whose change is accepted.
     pub allow_changed: BTreeSet<String>,
+    /// Memory is made mergeable (MADV_MERGEABLE), so that the kernel shares pages that several copies of the job have.
+    pub mergeable: bool,
+    /// Put files back whose content is in the image.
+    #[serde(default)]
+    pub rollback_files: bool,
 }
 
 /// What init provides.
@@ -47,6 +59,8 @@ pub struct RestoreOptions {
 pub struct RestoreRequest {
     /// The image's directory.
     pub dir: OwnedFd,
+    /// What makes the restore lazy, where that can be: the socket of a [`page_keeper`].
+    pub keeper: Option<OwnedFd>,
     /// Its name in messages.
     pub label: String,
     /// The decisions.
@@ -59,6 +73,9 @@ pub struct RestoreRequest {
     pub terminal: Option<(i32, String)>,
 }
 
+/// How long each phase of a restore took: its name and nanoseconds, in order.
+pub type Phases = Vec<(&'static str, u64)>;
+
 /// A rebuilt job, still standing.
 #[derive(Debug)]
 pub struct Rebuilt {
@@ -68,6 +85,12 @@ pub struct Rebuilt {
     pub main_status: Option<i32>,
     /// What the person who restores should know.
     pub warnings: Vec<String>,
+    /// How long each phase took, in nanoseconds.
+    pub phases_ns: Phases,
+    /// Who fetches the memory that is still in the image.
+    pub page_server: Option<PageServer>,
+    /// Why there is none although the restore was to be lazy.
+    pub eager_because: Option<String>,
     ready: resume::Ready,
 }
 
@@ -77,7 +100,11 @@ impl Rebuilt {
     /// # Errors
     /// If a file can't be put back, or a task vanished.
     pub fn resume(self) -> Result<Vec<String>, RestoreError> {
-        self.ready.resume()
+        let said = self.ready.resume()?;
+        if let Some(server) = &self.page_server {
+            server.resumed();
+        }
+        Ok(said)
     }
 }
 
@@ -86,20 +113,43 @@ impl Rebuilt {
 /// # Errors
 /// The caller exits after an error: that removes what was built.
 pub fn rebuild(request: &RestoreRequest) -> Result<Rebuilt, RestoreError> {
-    let image = read::read(request)?;
+    let mut server = None;
+    rebuild_with(request, &mut server).map_err(|e| match server.and_then(|s: PageServer| s.outcome()) {
+        // What the page server found is the cause: it has ended the blanks then.
+        Some(Err(why)) => RestoreError::Record(why),
+        _ => e,
+    })
+}
+
+fn rebuild_with(request: &RestoreRequest, server: &mut Option<PageServer>) -> Result<Rebuilt, RestoreError> {
+    let mut phases = Phases::new();
+    let mut since = Instant::now();
+    let mut done = |phase| {
+        let now = Instant::now();
+        phases.push((phase, u64::try_from((now - since).as_nanos()).unwrap_or(u64::MAX)));
+        since = now;
+    };
+    let image = Arc::new(read::read(request)?);
+    done("read");
     let plan = plan::plan(&image, request)?;
     let mut build = Build::new(request, &image, plan)?;
+    done("plan");
     if !ckpt_sys::hook::skipped(Kind::Process.name()) {
         build.build_tree()?;
     }
+    if request.options.rollback_files && image.of_kind(Kind::SavedFile).next().is_none() {
+        build.warnings.push("the checkpoint was made without --with-files: no file is rolled back".into());
+    }
+    build.rollbacks = rollback::Rollbacks::prepare(&image, std::mem::take(&mut build.plan.rollbacks))?;
+    done("build_tree");
     let order = in_order();
-    let steps: [Step; 4] = [
-        |r, b, rec| r.create(b, rec),
-        |r, b, rec| r.connect(b, rec),
-        |r, b, rec| r.finish(b, rec),
-        |r, b, rec| r.arm(b, rec),
+    let steps: [(&str, Step); 4] = [
+        ("create", |r, b, rec| r.create(b, rec)),
+        ("connect", |r, b, rec| r.connect(b, rec)),
+        ("finish", |r, b, rec| r.finish(b, rec)),
+        ("arm", |r, b, rec| r.arm(b, rec)),
     ];
-    for (i, step) in steps.into_iter().enumerate() {
+    for (name, step) in steps {
         for r in &order {
             if ckpt_sys::hook::skipped(r.kind().name()) {
                 continue;
@@ -109,11 +159,17 @@ pub fn rebuild(request: &RestoreRequest) -> Result<Rebuilt, RestoreError> {
                 step(*r, &mut build, record)?;
             }
         }
-        if i == 0 {
+        done(name);
+        if name == "create" {
             fill_memory::fill(&mut build)?;
+            *server = build.page_server.clone();
+            done("fill_memory");
         }
     }
-    resume::prepare(build)
+    let mut rebuilt = resume::prepare(build)?;
+    done("prepare");
+    rebuilt.phases_ns = phases;
+    Ok(rebuilt)
 }
 
 type Step = fn(&dyn crate::resource::Resource, &mut Build<'_>, &Record) -> Result<(), RestoreError>;

@@ -33,6 +33,8 @@ pub struct Plan {
     pub free_numbers: BTreeMap<i32, i32>,
     /// Files to cut back to the length they had: path, then and now.
     pub cuts: Vec<(Vec<u8>, FileStat, FileStat)>,
+    /// Files to be put back from the content in the image.
+    pub rollbacks: super::rollback::Changes,
 }
 
 /// A file that the job has open or mapped.
@@ -163,6 +165,7 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
         plan.free_numbers.insert(r.owner as i32, free);
     }
     let mut conflicts = Vec::new();
+    plan.rollbacks = super::rollback::changes(image, request)?;
     judge_files(image, request, &mut plan, &mut conflicts)?;
     for r in image.of_kind(Kind::External) {
         let e: ExternalRecord = decode(r, crate::resource::fd::external::VERSION)?;
@@ -204,7 +207,7 @@ fn judge_files(
     for (path, used) in files(image)? {
         let name = String::from_utf8_lossy(&path).into_owned();
         // Files of the job's own /dev/shm come out of the image.
-        if path.starts_with(b"/dev/shm/") {
+        if path.starts_with(b"/dev/shm/") || plan.rollbacks.contains_key(&path) {
             continue;
         }
         let mut conflict = |why: String, advice: &str| {
@@ -280,6 +283,40 @@ fn judge_files(
         }
     }
     Ok(())
+}
+
+/// Files of the image that several copies of it would write.
+///
+/// # Errors
+/// If a record does not decode.
+pub fn copy_conflicts(image: &Image) -> Result<Conflicts, RestoreError> {
+    // Files of the job's own /dev/shm are each copy's own.
+    let shared = |path: &[u8]| !path.starts_with(b"/dev/shm/");
+    let written =
+        files(image)?.into_iter().filter(|(path, u)| (u.writers || u.mapped_writable) && shared(path));
+    Ok(Conflicts(
+        written
+            .map(|(path, _)| Conflict {
+                what: String::from_utf8_lossy(&path).into_owned(),
+                why: "the job has it open for writing, and several copies would write to it".to_owned(),
+                advice: "restore one at a time".to_owned(),
+            })
+            .collect(),
+    ))
+}
+
+/// Whether the application has itself made memory mergeable: then what is shared is its own affair.
+///
+/// # Errors
+/// If a record does not decode.
+pub fn is_mergeable_by_itself(image: &Image) -> Result<bool, RestoreError> {
+    for r in image.of_kind(Kind::MemoryMap) {
+        let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
+        if m.vmas.iter().any(|v| v.advice.contains(&libc::MADV_MERGEABLE)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Files of the image that another live job holds open for writing. Called outside, where those jobs can be seen.

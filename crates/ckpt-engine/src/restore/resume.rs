@@ -19,6 +19,7 @@ use ckpt_sys::{Pid, arch, libc, ptrace};
 pub struct Ready {
     tasks: Vec<Pid>,
     cuts: Cuts,
+    rollbacks: super::rollback::Rollbacks,
 }
 
 /// Brings every task to the point from which it goes on by itself.
@@ -51,7 +52,10 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
         main_pid: build.image.job.main_pid,
         main_status: build.image.job.main_status,
         warnings: std::mem::take(&mut build.warnings),
-        ready: Ready { tasks, cuts: Cuts::of(&build)? },
+        phases_ns: Vec::new(),
+        page_server: build.page_server.take(),
+        eager_because: build.eager_because.take(),
+        ready: Ready { tasks, cuts: Cuts::of(&build)?, rollbacks: std::mem::take(&mut build.rollbacks) },
     })
 }
 
@@ -157,7 +161,9 @@ impl Ready {
     /// If a file can't be put back, or a task vanished.
     pub fn resume(self) -> Result<Vec<String>, RestoreError> {
         // Last, when nothing else can fail any more and the restore is committed.
-        let said = self.cuts.cut()?;
+        let mut said = self.cuts.cut()?;
+        let cuts = &self.cuts;
+        said.extend(self.rollbacks.put_back(|path, left| cuts.note_left(path, left))?);
         for t in &self.tasks {
             ptrace::detach(*t).map_err(RestoreError::errno(t.as_raw(), "letting it go"))?;
         }

@@ -87,6 +87,7 @@ impl Snapshot for Copied {
     }
 
     fn finish(&mut self) -> Result<Account, DumpError> {
-        Ok(Account { engine: NAME, held_bytes: self.held_bytes, ..Account::default() })
+        let duplicated_bytes = Some(0);
+        Ok(Account { engine: NAME, held_bytes: self.held_bytes, duplicated_bytes, ..Account::default() })
     }
 }

@@ -7,6 +7,7 @@
 
 use super::copy::{Pieces, keep};
 use super::guard::Guard;
+use super::kmod::{self, Kept};
 use super::memory_limit::{Limits, Room};
 use super::{Account, Engine, From, Piece, Prepared, Range, Sink, Snapshot, Source, pages, read_source};
 use crate::dump::collect;
@@ -15,11 +16,10 @@ use crate::error::DumpError;
 use crate::model::Job;
 use crate::model::process::Process;
 use crate::resource::Collected;
-use crate::resource::process::is_filtered;
+use ckpt_sys::Errno;
 use ckpt_sys::frozen_copy::{CopyProcess, Fork, Forked};
 use ckpt_sys::inject::{InjectError, Live};
 use ckpt_sys::memory::Forced;
-use ckpt_sys::{Errno, arch};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -36,6 +36,7 @@ pub struct Cow {
 
 #[derive(Debug)]
 struct Ready {
+    device: bool,
     /// Why a process is not forked, by pid.
     obstacles: BTreeMap<i32, String>,
     needs_bytes: u64,
@@ -48,20 +49,28 @@ impl Engine for Cow {
     }
 
     fn prepare(&self, job: &Job, stays_frozen: bool) -> Result<Box<dyn Prepared>, DumpError> {
+        self.prepare_with(job, stays_frozen, false)
+    }
+}
+
+impl Cow {
+    /// As [`Engine::prepare`]; `device`: the kernel module is asked first, and only what it refuses is forked.
+    pub(super) fn prepare_with(
+        &self,
+        job: &Job,
+        stays_frozen: bool,
+        device: bool,
+    ) -> Result<Box<dyn Prepared>, DumpError> {
         if stays_frozen {
             return Ok(Box::new(Still));
         }
         let mut obstacles = BTreeMap::new();
-        if is_strict(&std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap_or_default()) {
-            let why = "memory is not overcommitted here (vm.overcommit_memory is 2): a fork would take what the job may \
-                       want to allocate";
+        if let Some(why) = host_obstacle() {
             obstacles.extend(job.live().map(|p| (p.pid, why.to_owned())));
         }
         let mut page_tables: BTreeMap<PathBuf, u64> = BTreeMap::new();
         for p in job.live() {
-            if is_filtered(p) {
-                obstacles.insert(p.pid, "it runs under a seccomp filter".into());
-            } else if let Some(room) = Limits::of(p.host).room() {
+            if let Some(room) = Limits::of(p.host).room() {
                 let needed = page_tables.entry(room.group.clone()).or_default();
                 *needed += fork_bytes(p);
                 if let Some(why) = too_tight(&room, *needed) {
@@ -71,8 +80,17 @@ impl Engine for Cow {
         }
         let copied = job.live().filter(|p| obstacles.contains_key(&p.pid));
         let needs_bytes = copied.flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum();
-        Ok(Box::new(Ready { obstacles, needs_bytes, duplicate_limit_bytes: self.duplicate_limit_bytes }))
+        let duplicate_limit_bytes = self.duplicate_limit_bytes;
+        Ok(Box::new(Ready { device, obstacles, needs_bytes, duplicate_limit_bytes }))
     }
+}
+
+/// Why no process of this host is forked, if so.
+pub fn host_obstacle() -> Option<&'static str> {
+    is_strict(&std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap_or_default()).then_some(
+        "memory is not overcommitted here (vm.overcommit_memory is 2): a fork would take what the job may want to \
+         allocate",
+    )
 }
 
 /// Strict accounting, by what /proc/sys/vm/overcommit_memory says.
@@ -111,14 +129,25 @@ fn seen_by(p: &Process, job: &Job, subreapers: &BTreeSet<i32>) -> Option<String>
 
 /// What kept parts of the job from being forked.
 #[derive(Debug, Default)]
-struct Reasons {
+pub(super) struct Reasons {
+    /// Why the kernel module did not keep a process.
+    not_kept: BTreeMap<i32, String>,
     processes: BTreeMap<i32, String>,
     /// Bytes by pid and cause.
     ranges: BTreeMap<(i32, &'static str), u64>,
 }
 
 impl Reasons {
+    /// The kernel module did not keep this process.
+    pub(super) fn not_kept(&mut self, pid: i32, why: String) {
+        self.not_kept.insert(pid, why);
+    }
+
     fn into_texts(self) -> Vec<String> {
+        let not_kept = self
+            .not_kept
+            .iter()
+            .map(|(pid, why)| format!("pid {pid} was not kept by the kernel module: {why}"));
         let processes = self
             .processes
             .iter()
@@ -126,7 +155,7 @@ impl Reasons {
         let ranges = self.ranges.iter().map(|((pid, why), bytes)| {
             format!("pid {pid}: {} KiB of {why} memory were copied while it stood still", bytes / 1024)
         });
-        processes.chain(ranges).collect()
+        not_kept.chain(processes).chain(ranges).collect()
     }
 }
 
@@ -147,24 +176,20 @@ fn refused(errno: Errno) -> String {
     }
 }
 
-/// Forks all processes of which something is to be saved: starts all, then waits for all.
+/// Forks all processes but those that are `kept` otherwise: starts all, then waits for all.
 fn fork_all(
     frozen: &mut FrozenJob,
     collected: &Collected,
+    kept: &BTreeMap<i32, Kept>,
     obstacles: &BTreeMap<i32, String>,
     reasons: &mut Reasons,
 ) -> Result<BTreeMap<i32, CopyProcess>, DumpError> {
     let FrozenJob { job, opened, .. } = frozen;
     let job = &*job;
     let mut pending = Vec::new();
-    for p in job.live() {
-        let leader = p.threads.first().and_then(|t| t.frozen.as_ref());
-        let compat = leader.is_none_or(|f| arch::is_compat(&f.registers));
-        let why = match obstacles.get(&p.pid) {
-            Some(why) => Some(why.clone()),
-            None if compat => Some("its main thread runs 32-bit code".into()),
-            None => seen_by(p, job, &collected.subreapers),
-        };
+    for p in job.live().filter(|p| !kept.contains_key(&p.pid)) {
+        let obstacle = obstacles.get(&p.pid).cloned();
+        let why = obstacle.or_else(|| seen_by(p, job, &collected.subreapers));
         if let Some(why) = why {
             reasons.processes.insert(p.pid, why);
             continue;
@@ -217,6 +242,8 @@ enum Part {
     Held(Pieces),
     /// In the copy of the process.
     Forked(i32, Vec<Range>),
+    /// Kept by the kernel module.
+    Kept(i32, Range),
 }
 
 impl Prepared for Ready {
@@ -230,15 +257,29 @@ impl Prepared for Ready {
         collected: &Collected,
     ) -> Result<Box<dyn Snapshot>, DumpError> {
         let mut reasons = Reasons::default();
-        let copies = fork_all(frozen, collected, &self.obstacles, &mut reasons)?;
+        let kept = if self.device { kmod::keep_all(frozen, &mut reasons)? } else { BTreeMap::new() };
+        let copies = fork_all(frozen, collected, &kept, &self.obstacles, &mut reasons)?;
         let (mut parts, mut held_bytes) = (Vec::with_capacity(collected.sources.len()), 0);
         for source in &collected.sources {
-            parts.push(hold(source, &copies, &mut reasons, &mut held_bytes)?);
+            parts.push(hold(source, &copies, &kept, &mut reasons, &mut held_bytes)?);
         }
         let guard = Guard::new(&copies, self.duplicate_limit_bytes);
-        let engine = if copies.is_empty() { super::copy::NAME } else { NAME };
-        let account = Account { engine, reasons: reasons.into_texts(), held_bytes, duplicated_bytes: 0 };
-        Ok(Box::new(Copies { parts, account, guard, copies, reader: None, settled: false }))
+        let engine = match (kept.is_empty(), copies.is_empty()) {
+            (false, _) => kmod::NAME,
+            (true, false) => NAME,
+            (true, true) => super::copy::NAME,
+        };
+        let account = Account { engine, reasons: reasons.into_texts(), held_bytes, duplicated_bytes: None };
+        Ok(Box::new(Copies {
+            parts,
+            account,
+            guard,
+            copies,
+            kept,
+            reader: None,
+            buf: Vec::new(),
+            settled: false,
+        }))
     }
 }
 
@@ -246,6 +287,7 @@ impl Prepared for Ready {
 fn hold(
     source: &Source,
     copies: &BTreeMap<i32, CopyProcess>,
+    kept: &BTreeMap<i32, Kept>,
     reasons: &mut Reasons,
     held_bytes: &mut u64,
 ) -> Result<Vec<Part>, DumpError> {
@@ -261,7 +303,21 @@ fn hold(
     };
     let forked = copies.contains_key(pid);
     let mut reader = None;
-    for r in ranges {
+    let divided = match kept.get(pid) {
+        None => ranges.iter().map(|r| (false, *r)).collect(),
+        Some(kept) => {
+            let mut all = Vec::with_capacity(ranges.len());
+            for r in ranges {
+                all.extend(kept.divide(r)?);
+            }
+            all
+        }
+    };
+    for (is_kept, r) in &divided {
+        if *is_kept {
+            parts.push(Part::Kept(*pid, *r));
+            continue;
+        }
         if forked && r.lost_in_fork.is_none() {
             match parts.last_mut() {
                 Some(Part::Forked(_, list)) => list.push(*r),
@@ -300,7 +356,9 @@ struct Copies {
     /// Before the copies: it must not kill by a pid that is no longer theirs.
     guard: Guard,
     copies: BTreeMap<i32, CopyProcess>,
+    kept: BTreeMap<i32, Kept>,
     reader: Option<(i32, pages::Reader)>,
+    buf: Vec<u8>,
     settled: bool,
 }
 
@@ -317,7 +375,7 @@ impl Copies {
         let Some(copy) = self.copies.get(&pid) else { return Err(DumpError::CopyLost { pid }) };
         let reader = match &mut self.reader {
             Some((of, reader)) if *of == pid => reader,
-            other => &mut other.insert((pid, pages::Reader::of_copy(copy.pid(), pid)?)).1,
+            other => &mut other.insert((pid, pages::Reader::open(copy.pid(), pid)?)).1,
         };
         ranges.iter().try_for_each(|r| reader.read_range(r, PIECE_BYTES, sink))
     }
@@ -340,6 +398,10 @@ impl Snapshot for Copies {
                         sink(Piece::Data(offset, &data))?;
                     }
                 }
+                Part::Kept(pid, range) => {
+                    let Some(kept) = self.kept.get(&pid) else { return Err(DumpError::CopyLost { pid }) };
+                    kept.read_range(&range, PIECE_BYTES, &mut self.buf, sink)?;
+                }
                 Part::Forked(pid, ranges) => {
                     let done = self.stream_forked(pid, &ranges, sink);
                     // A copy that was killed is the cause of any other error.
@@ -355,7 +417,9 @@ impl Snapshot for Copies {
         if self.settled {
             self.check()?;
         }
-        self.account.duplicated_bytes = self.guard.duplicated_bytes();
+        if self.kept.is_empty() {
+            self.account.duplicated_bytes = Some(self.guard.duplicated_bytes());
+        }
         // What was duplicated may have been lost with a copy that ends at this moment.
         if self.settled {
             self.check()?;
@@ -363,6 +427,7 @@ impl Snapshot for Copies {
         self.guard.stop();
         self.reader = None;
         self.copies.clear();
+        self.kept.clear();
         Ok(std::mem::take(&mut self.account))
     }
 }
@@ -394,7 +459,7 @@ impl Snapshot for Still {
 
     fn finish(&mut self) -> Result<Account, DumpError> {
         let reasons = vec!["the job stays frozen until it ends: its memory is read where it is".to_owned()];
-        Ok(Account { engine: NAME, reasons, ..Account::default() })
+        Ok(Account { engine: NAME, reasons, duplicated_bytes: Some(0), ..Account::default() })
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod copy;
 pub mod cow;
 mod guard;
+pub mod kmod;
 mod memory_limit;
 pub mod pages;
 #[cfg(feature = "test-hooks")]
@@ -159,7 +160,8 @@ pub struct Account {
     pub held_bytes: u64,
     /// Bytes of memory that the job and the frozen copy held twice or the copy alone at the end, because the job wrote to
     /// or freed them in the meantime.
-    pub duplicated_bytes: u64,
+    /// None: part of it is kept by the kernel module, which doesn't tell.
+    pub duplicated_bytes: Option<u64>,
 }
 
 /// An upper bound for the private memory of a job that runs, in bytes.
@@ -181,7 +183,11 @@ pub fn read_source(source: &Source, piece: usize, sink: &mut Sink<'_>) -> Result
     }
 }
 
-fn read_file(fd: &OwnedFd, bytes: u64, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+/// Reads all data of a file, in whole pages.
+///
+/// # Errors
+/// If it can't be read, and those of the sink.
+pub fn read_file(fd: &OwnedFd, bytes: u64, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
     use ckpt_sys::memory::PAGE;
     use std::os::unix::fs::FileExt;
     let err =

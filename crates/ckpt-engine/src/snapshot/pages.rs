@@ -19,9 +19,7 @@ const REGIONS: usize = 4096;
 /// Reads the memory of one process.
 #[derive(Debug)]
 pub struct Reader {
-    host: Pid,
     pid: i32,
-    is_copy: bool,
     memory: Forced,
     pagemap: File,
     /// Where there is no PAGEMAP_SCAN: starts of the mappings that have private pages.
@@ -35,18 +33,6 @@ impl Reader {
     /// # Errors
     /// As opening its files in /proc.
     pub fn open(host: Pid, pid: i32) -> Result<Reader, DumpError> {
-        Self::new(host, pid, false)
-    }
-
-    /// For the frozen copy `host` of the process `pid`.
-    ///
-    /// # Errors
-    /// As opening its files in /proc.
-    pub fn of_copy(host: Pid, pid: i32) -> Result<Reader, DumpError> {
-        Self::new(host, pid, true)
-    }
-
-    fn new(host: Pid, pid: i32, is_copy: bool) -> Result<Reader, DumpError> {
         let memory = Forced::open(host).map_err(DumpError::process(pid, "opening its memory"))?;
         let pagemap = File::open(format!("/proc/{host}/pagemap"))
             .map_err(DumpError::process(pid, "opening pagemap"))?;
@@ -59,7 +45,7 @@ impl Reader {
             }
             _ => None,
         };
-        Ok(Reader { host, pid, is_copy, memory, pagemap, inhabited, buf: Vec::new() })
+        Ok(Reader { pid, memory, pagemap, inhabited, buf: Vec::new() })
     }
 
     /// Stretches with private pages from `start` on, as (address, bytes), and where the look ended, at `end` at most.
@@ -115,12 +101,14 @@ impl Reader {
             self.buf.resize(bytes, 0);
         }
         let buf = &mut self.buf[..bytes];
-        // Pages the process itself may not read are reached through /proc/pid/mem. So are those of a copy: process_vm_readv
-        // pins what it reads, for which the kernel makes a copy of every page that is shared with the process.
-        if self.is_copy || ckpt_sys::memory::read(self.host, addr, buf).is_err() {
-            let what = format!("reading {bytes} bytes of memory at {addr:#x}");
-            self.memory.read(addr, buf).map_err(DumpError::process(self.pid, what))?;
-        }
+        // By /proc/pid/mem, which reaches pages that the process itself may not read. process_vm_readv(2) pins what it reads,
+        // for which the kernel makes a private copy of every page that is shared by fork.
+        let what = || format!("reading {bytes} bytes of memory at {addr:#x}");
+        self.memory.read(addr, buf).map_err(|source| DumpError::Process {
+            pid: self.pid,
+            what: what(),
+            source,
+        })?;
         Ok(())
     }
 }

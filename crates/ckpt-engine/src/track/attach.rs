@@ -7,6 +7,7 @@
 use super::watch::Watch;
 use crate::dump::collect::{no_place, padding_of};
 use crate::dump::freeze;
+use crate::dump::phases::Phases;
 use crate::error::DumpError;
 use crate::model::JobInfo;
 use crate::model::process::{Process, ProcessId};
@@ -25,7 +26,7 @@ pub type Attached = (ProcessId, Result<Watch, String>);
 /// If the job could not be stopped; it runs on.
 pub fn attach(info: &JobInfo, which: &[ProcessId]) -> Result<Vec<Attached>, DumpError> {
     let protection = userfaultfd::probe().map_err(|e| format!("no asynchronous write protection ({e})"));
-    let frozen = freeze::freeze(info)?;
+    let frozen = freeze::freeze(info, &mut Phases::default())?;
     let mut out = Vec::new();
     for p in frozen.job.live().filter(|p| which.contains(&ProcessId::of(p))) {
         ckpt_sys::hook::point();

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use super::error::StoreError;
 use super::partial::{self, Held, LOCK_FILE, Made, PARTIAL_SUFFIX, Swept};
 use super::{hold_names_in, sync_dir};
+use crate::reader::read_link;
 
 /// An unfinished checkpoint directory that this process owns. Dropping it removes the directory.
 #[derive(Debug)]
@@ -106,7 +107,8 @@ impl Claim {
     /// ([`Writer::finish`](crate::Writer::finish) does so).
     ///
     /// # Errors
-    /// [`StoreError::Io`] or [`StoreError::Exists`]: nothing is visible and the directory is removed.
+    /// [`StoreError::Io`], [`StoreError::Exists`] or [`StoreError::ParentGone`]: nothing is visible and the directory is
+    /// removed.
     /// [`StoreError::NotDurable`]: it is visible, but a power loss might undo that.
     pub fn publish(mut self) -> Result<PathBuf, StoreError> {
         let parent = parent_of(&self.target);
@@ -114,6 +116,9 @@ impl Claim {
         let own = File::open(&self.partial).map_err(StoreError::io(&self.partial, "open the directory"))?;
         sync_dir(&own).map_err(StoreError::io(&self.partial, "bring the directory to the disk"))?;
         let names_held = self.number.and_then(|_| hold_names_in(parent));
+        if let Some(number) = self.missing_parent() {
+            return Err(StoreError::ParentGone { path: self.partial.clone(), number });
+        }
         let renamed = rename_new(&self.partial, &self.target);
         drop(names_held);
         match renamed {
@@ -133,6 +138,14 @@ impl Claim {
         let target = self.target.clone();
         sync_dir(&parent_dir).map_err(|source| StoreError::NotDurable { path: target.clone(), source })?;
         Ok(target)
+    }
+
+    /// The number of the checkpoint that this one is built on, if that is not there any more.
+    fn missing_parent(&self) -> Option<u64> {
+        let (_, parent) = read_link(&self.partial).ok()?;
+        let parent = parent?;
+        let there = read_link(&parent_of(&self.target).join(parent.number.to_string()));
+        there.map_or(true, |(header, _)| header.id != parent.id).then_some(parent.number)
     }
 
     /// Removes the directory; as dropping, with the error told.

@@ -4,7 +4,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::error::IoHint;
+use crate::error::{IoHint, ReadError, WriteError};
 
 /// Why the store could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +89,45 @@ pub enum StoreError {
         /// The reason.
         source: io::Error,
     },
+    /// Incremental checkpoints are built on it.
+    #[error(
+        "{job}@{number} is needed by {}; {}",
+        dependants(job, needed_by, writing),
+        remedy(job, needed_by, writing)
+    )]
+    Needed {
+        /// The job.
+        job: String,
+        /// The checkpoint that was to be removed.
+        number: u64,
+        /// The checkpoints that are built on it.
+        needed_by: Vec<u64>,
+        /// Those that are being written.
+        writing: Vec<u64>,
+    },
+    /// The checkpoint that this one is built on has been removed.
+    #[error(
+        "{}: the checkpoint that it is built on, number {number}, was removed or replaced while it was written; dump again",
+        path.display()
+    )]
+    ParentGone {
+        /// The unfinished checkpoint.
+        path: PathBuf,
+        /// Number of the parent.
+        number: u64,
+    },
+    /// The checkpoint is not the one any more that work was begun with.
+    #[error("{}: was removed or replaced meanwhile; try again", path.display())]
+    Changed {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+    /// A checkpoint cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// A checkpoint cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// No place for the store can be derived.
     #[error("no place for the store: set CKPT_STORE or HOME to an absolute path, or give --store DIR")]
     NoDefaultRoot,
@@ -111,4 +150,31 @@ fn known_numbers(numbers: &[u64]) -> String {
     }
     let words: Vec<String> = numbers.iter().map(u64::to_string).collect();
     format!("there are: {}", words.join(", "))
+}
+
+fn names(job: &str, numbers: &[u64]) -> String {
+    let words: Vec<String> = numbers.iter().map(|number| format!("{job}@{number}")).collect();
+    words.join(", ")
+}
+
+fn dependants(job: &str, complete: &[u64], writing: &[u64]) -> String {
+    match (complete.is_empty(), writing.is_empty()) {
+        (false, true) => names(job, complete),
+        (true, _) => format!("{}, which is being written", names(job, writing)),
+        (false, false) => {
+            format!("{}, and {}, which is being written", names(job, complete), names(job, writing))
+        }
+    }
+}
+
+fn remedy(job: &str, complete: &[u64], writing: &[u64]) -> String {
+    if complete.is_empty() || !writing.is_empty() {
+        return "try again when that is done".to_owned();
+    }
+    let squashes: Vec<String> =
+        complete.iter().map(|number| format!("`ckpt squash {job}@{number}`")).collect();
+    format!(
+        "make that a full one first ({}), or remove it, too; `ckpt rm {job}` removes all",
+        squashes.join(", ")
+    )
 }

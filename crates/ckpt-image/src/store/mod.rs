@@ -9,6 +9,8 @@
 mod claim;
 mod error;
 mod partial;
+mod retention;
+mod squash;
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
@@ -22,7 +24,11 @@ use nix::errno::Errno;
 pub use claim::Claim;
 pub use error::StoreError;
 pub(crate) use partial::hold_names;
-use partial::{PARTIAL_SUFFIX, REMOVED_SUFFIX, Swept};
+use partial::{PARTIAL_SUFFIX, REMOVED_SUFFIX, REPLACED_SUFFIX, SQUASH_SUFFIX, Swept};
+pub use retention::{Keep, Pruned};
+pub use squash::{Squash, Squashed};
+
+use crate::format::Parent;
 
 /// Longest job name in bytes.
 pub const MAX_JOB_NAME: usize = 64;
@@ -46,6 +52,10 @@ pub struct CheckpointEntry {
     pub bytes: u64,
     /// When the dump began, or when the directory last changed if the header cannot be read.
     pub created: SystemTime,
+    /// Its image id, if the header can be read.
+    pub id: Option<[u8; 16]>,
+    /// The checkpoint that it is built on, if it is incremental.
+    pub parent: Option<Parent>,
 }
 
 /// What a sweep of unfinished checkpoints did.
@@ -173,6 +183,15 @@ impl Store {
         if spec.contains('/') || spec == "." || spec == ".." {
             return resolve_path(Path::new(spec));
         }
+        let (job, number) = self.checkpoint(spec)?;
+        Ok(self.job_dir(&job)?.join(number.to_string()))
+    }
+
+    /// Job and number of the checkpoint in this store that `spec` names: `NAME` or `NAME@N`, as for [`Store::resolve`].
+    ///
+    /// # Errors
+    /// As for [`Store::resolve`].
+    pub fn checkpoint(&self, spec: &str) -> Result<(String, u64), StoreError> {
         let (job, wanted) = match spec.split_once('@') {
             None => (spec, None),
             Some((job, digits)) => {
@@ -181,7 +200,6 @@ impl Store {
                 (job, Some(number))
             }
         };
-        let job_dir = self.job_dir(job)?;
         let numbers = self.numbers(job)?;
         let Some(&newest) = numbers.last() else {
             return Err(self.no_such_job(job)?);
@@ -190,37 +208,69 @@ impl Store {
         if !numbers.contains(&number) {
             return Err(StoreError::NoSuchCheckpoint { job: job.to_owned(), number, numbers });
         }
-        Ok(job_dir.join(number.to_string()))
+        Ok((job.to_owned(), number))
     }
 
     /// Removes a complete checkpoint, and sweeps what dead dumps of the job left. It is invisible from the first
     /// moment on; an interrupted removal is completed by the next claim or removal.
     ///
     /// # Errors
-    /// [`StoreError::NoSuchJob`], [`StoreError::NoSuchCheckpoint`], [`StoreError::BadJobName`],
+    /// [`StoreError::Needed`] if incremental checkpoints are built on it, also such as are being written: nothing is
+    /// removed then. [`StoreError::NoSuchJob`], [`StoreError::NoSuchCheckpoint`], [`StoreError::BadJobName`],
     /// [`StoreError::Io`].
     pub fn remove(&self, job: &str, number: u64) -> Result<(), StoreError> {
+        let path = self.checkpoint_dir(job, number)?;
         let job_dir = self.job_dir(job)?;
-        let numbers = self.numbers(job)?;
-        if numbers.is_empty() {
-            return Err(self.no_such_job(job)?);
-        }
-        if !numbers.contains(&number) {
-            return Err(StoreError::NoSuchCheckpoint { job: job.to_owned(), number, numbers });
-        }
-        let path = job_dir.join(number.to_string());
+        // Dumps that are dead need nothing.
+        self.sweep(job)?;
+        self.refuse_if_needed(job, number, &path)?;
         let doomed = job_dir.join(format!("{number}{REMOVED_SUFFIX}"));
         let held = partial::mark_for_removal(&path).map_err(StoreError::io(&path, "lock it for removal"))?;
         let names_held = hold_names_in(&job_dir);
-        let hidden = claim::rename_new(&path, &doomed);
+        // A dump names its parent while it holds the names.
+        let hidden = self.refuse_if_needed(job, number, &path).and_then(|()| {
+            claim::rename_new(&path, &doomed).map_err(StoreError::io(&path, "hide it for removal"))?;
+            if names_held.is_none() {
+                // It was not held off, but looks for its parent after it has named it: so one of the two finds out.
+                self.refuse_if_needed(job, number, &doomed)
+                    .inspect_err(|_| drop(claim::rename_new(&doomed, &path)))?;
+            }
+            Ok(())
+        });
         drop(names_held);
-        hidden.map_err(StoreError::io(&path, "hide it for removal"))?;
+        hidden.inspect_err(|_| drop(fs::remove_file(path.join(partial::LOCK_FILE))))?;
         let removed = partial::remove_held(&doomed);
         drop(held);
         removed.map_err(StoreError::io(&doomed, "remove it"))?;
         self.sweep(job)?;
         fs::remove_dir(&job_dir).ok();
         Ok(())
+    }
+
+    /// An error if the checkpoint at `path` is the parent of another one.
+    fn refuse_if_needed(&self, job: &str, number: u64, path: &Path) -> Result<(), StoreError> {
+        let job_dir = self.job_dir(job)?;
+        // Of one that cannot be read, the number must do.
+        let id = crate::reader::read_header(path).ok().map(|header| header.id);
+        let (mut needed_by, mut writing) = (Vec::new(), Vec::new());
+        for entry in entries(&job_dir)? {
+            let (dir, found) = match entry {
+                Entry::Complete(child) => (job_dir.join(child.to_string()), &mut needed_by),
+                Entry::Partial(child) => (job_dir.join(format!("{child}{PARTIAL_SUFFIX}")), &mut writing),
+                _ => continue,
+            };
+            // What has not named a parent yet looks for it first.
+            let Ok((_, Some(parent))) = crate::reader::read_link(&dir) else { continue };
+            if parent.number == number && id.is_none_or(|id| id == parent.id) {
+                found.push(entry.number());
+            }
+        }
+        if needed_by.is_empty() && writing.is_empty() {
+            return Ok(());
+        }
+        needed_by.sort_unstable();
+        writing.sort_unstable();
+        Err(StoreError::Needed { job: job.to_owned(), number, needed_by, writing })
     }
 
     /// Removes the unfinished checkpoints of `job` that nobody is writing.
@@ -231,12 +281,39 @@ impl Store {
         let job_dir = self.job_dir(job)?;
         let mut report = SweepReport::default();
         for entry in entries(&job_dir)? {
-            let path = match entry {
+            let complete = job_dir.join(entry.number().to_string());
+            let (path, swept) = match entry {
                 Entry::Complete(_) => continue,
-                Entry::Partial(number) => job_dir.join(format!("{number}{PARTIAL_SUFFIX}")),
-                Entry::Removed(number) => job_dir.join(format!("{number}{REMOVED_SUFFIX}")),
+                Entry::Partial(number) => {
+                    let path = job_dir.join(format!("{number}{PARTIAL_SUFFIX}"));
+                    let swept = partial::sweep(&path);
+                    (path, swept)
+                }
+                Entry::Removed(number) => {
+                    let path = job_dir.join(format!("{number}{REMOVED_SUFFIX}"));
+                    let swept = partial::sweep(&path);
+                    (path, swept)
+                }
+                Entry::Squash(number) => {
+                    let path = job_dir.join(format!("{number}{SQUASH_SUFFIX}"));
+                    let swept = squash::retire(&path, &complete);
+                    (path, swept)
+                }
+                Entry::Replaced(number) => {
+                    let path = job_dir.join(format!("{number}{REPLACED_SUFFIX}"));
+                    let names_held = hold_names_in(&job_dir);
+                    let back = squash::put_back(&path, &complete);
+                    let left = path.exists();
+                    drop(names_held);
+                    let swept = match back {
+                        Ok(()) if !left => continue,
+                        Ok(()) => squash::retire(&path, &complete),
+                        Err(e) => Err(e),
+                    };
+                    (path, swept)
+                }
             };
-            match partial::sweep(&path) {
+            match swept {
                 Ok(Swept::Removed) => report.removed.push(path),
                 Ok(Swept::InUse) => report.in_use.push(path),
                 Ok(Swept::InDoubt) => report.in_doubt.push(path),
@@ -266,12 +343,43 @@ impl Store {
 
     /// Numbers of the complete checkpoints of a job, in order.
     fn numbers(&self, job: &str) -> Result<Vec<u64>, StoreError> {
-        let mut numbers: Vec<u64> = entries(&self.job_dir(job)?)?
+        let job_dir = self.job_dir(job)?;
+        let mut found = entries(&job_dir)?;
+        // A squash was killed between two renames, or is between them at this moment.
+        let orphans = |found: &[Entry]| {
+            let is_orphan = |e: &&Entry| matches!(e, Entry::Replaced(number) if !found.contains(&Entry::Complete(*number)));
+            found.iter().filter(is_orphan).map(Entry::number).collect::<Vec<_>>()
+        };
+        let numbers = orphans(&found);
+        if !numbers.is_empty() {
+            let names_held = hold_names_in(&job_dir);
+            for number in numbers {
+                let replaced = job_dir.join(format!("{number}{REPLACED_SUFFIX}"));
+                squash::put_back(&replaced, &job_dir.join(number.to_string()))
+                    .map_err(StoreError::io(&replaced, "put it back in its place"))?;
+            }
+            drop(names_held);
+            found = entries(&job_dir)?;
+        }
+        let mut numbers: Vec<u64> = found
             .into_iter()
             .filter_map(|entry| if let Entry::Complete(number) = entry { Some(number) } else { None })
             .collect();
         numbers.sort_unstable();
         Ok(numbers)
+    }
+
+    /// The directory of a complete checkpoint.
+    fn checkpoint_dir(&self, job: &str, number: u64) -> Result<PathBuf, StoreError> {
+        let job_dir = self.job_dir(job)?;
+        let numbers = self.numbers(job)?;
+        if numbers.is_empty() {
+            return Err(self.no_such_job(job)?);
+        }
+        if !numbers.contains(&number) {
+            return Err(StoreError::NoSuchCheckpoint { job: job.to_owned(), number, numbers });
+        }
+        Ok(job_dir.join(number.to_string()))
     }
 
     fn job_dir(&self, job: &str) -> Result<PathBuf, StoreError> {
@@ -284,6 +392,27 @@ impl Store {
     fn no_such_job(&self, job: &str) -> Result<StoreError, StoreError> {
         Ok(StoreError::NoSuchJob { job: job.to_owned(), root: self.root.clone(), jobs: self.jobs()? })
     }
+}
+
+/// The checkpoints that `entry` is built on, nearest first, as far as they are in `entries` (those of its job); its chain
+/// has one image more. `None` if one of them is missing or another one is in its place.
+pub fn built_on<'a>(
+    entry: &CheckpointEntry,
+    entries: &'a [CheckpointEntry],
+) -> Option<Vec<&'a CheckpointEntry>> {
+    let mut found: Vec<&CheckpointEntry> = Vec::new();
+    let mut next = entry.parent;
+    while let Some(parent) = next {
+        let is =
+            |e: &&CheckpointEntry| e.job == entry.job && e.number == parent.number && e.id == Some(parent.id);
+        let below = entries.iter().find(is)?;
+        if found.len() > crate::format::MAX_CHAIN_IMAGES {
+            return None;
+        }
+        found.push(below);
+        next = below.parent;
+    }
+    Some(found)
 }
 
 /// True for names that a job may have: 1 to 64 of `[A-Za-z0-9._-]`, not beginning with a dot.
@@ -352,12 +481,20 @@ enum Entry {
     Complete(u64),
     Partial(u64),
     Removed(u64),
+    /// A full image to replace an incremental one, or one that was replaced.
+    Squash(u64),
+    /// One that is being replaced, where that takes two steps.
+    Replaced(u64),
 }
 
 impl Entry {
     fn number(&self) -> u64 {
         match *self {
-            Entry::Complete(number) | Entry::Partial(number) | Entry::Removed(number) => number,
+            Entry::Complete(number)
+            | Entry::Partial(number)
+            | Entry::Removed(number)
+            | Entry::Squash(number)
+            | Entry::Replaced(number) => number,
         }
     }
 }
@@ -369,6 +506,10 @@ fn entries(job_dir: &Path) -> Result<Vec<Entry>, StoreError> {
         let Some(name) = name.to_str() else { continue };
         if let Some(digits) = name.strip_suffix(REMOVED_SUFFIX) {
             found.extend(parse_number(digits).map(Entry::Removed));
+        } else if let Some(digits) = name.strip_suffix(SQUASH_SUFFIX) {
+            found.extend(parse_number(digits).map(Entry::Squash));
+        } else if let Some(digits) = name.strip_suffix(REPLACED_SUFFIX) {
+            found.extend(parse_number(digits).map(Entry::Replaced));
         } else if let Some(digits) = name.strip_suffix(PARTIAL_SUFFIX) {
             found.extend(parse_number(digits).map(Entry::Partial));
         } else {
@@ -416,11 +557,13 @@ fn describe(job: &str, number: u64, path: &Path) -> io::Result<CheckpointEntry> 
         let meta = entry?.metadata();
         bytes += meta.map_or(0, |meta| if meta.is_file() { meta.len() } else { 0 });
     }
-    let created = match crate::reader::read_header(path) {
-        Ok(header) => UNIX_EPOCH + Duration::from_nanos(header.created_unix_ns),
-        Err(_) => dir_meta.modified()?,
+    let (created, id, parent) = match crate::reader::read_link(path) {
+        Ok((header, parent)) => {
+            (UNIX_EPOCH + Duration::from_nanos(header.created_unix_ns), Some(header.id), parent)
+        }
+        Err(_) => (dir_meta.modified()?, None, None),
     };
-    Ok(CheckpointEntry { job: job.to_owned(), number, path: path.to_owned(), bytes, created })
+    Ok(CheckpointEntry { job: job.to_owned(), number, path: path.to_owned(), bytes, created, id, parent })
 }
 
 fn resolve_path(path: &Path) -> Result<PathBuf, StoreError> {

@@ -24,6 +24,11 @@ pub(super) const PARTIAL_SUFFIX: &str = ".partial";
 /// Suffix of directories being removed. Not that of claims, because a claim may hold `N.partial` for a moment until it
 /// finds `N` taken.
 pub(super) const REMOVED_SUFFIX: &str = ".removed.partial";
+/// Suffix of the directory in which a full image is built that is to replace an incremental one, and of the replaced one
+/// after that.
+pub(super) const SQUASH_SUFFIX: &str = ".squash.partial";
+/// Suffix of a checkpoint whose place is being taken, where two directories cannot be exchanged in one step.
+pub(super) const REPLACED_SUFFIX: &str = ".replaced.partial";
 /// Name of the lock file inside.
 pub(super) const LOCK_FILE: &str = "lock";
 
@@ -118,33 +123,60 @@ fn is_linked(held: &Held) -> io::Result<bool> {
     Ok(file_of(held).metadata()?.nlink() > 0)
 }
 
-/// Removes `path`, an `X.partial`, if nobody holds it.
-pub(super) fn sweep(path: &Path) -> io::Result<Swept> {
+/// Whether somebody holds an `X.partial`.
+#[derive(Debug)]
+pub(super) enum Hold {
+    /// Nobody did: it is ours now.
+    Ours(Held),
+    /// It has no lock file, or is not there.
+    NoLock,
+    /// Somebody does.
+    InUse,
+    /// See [`Swept::InDoubt`].
+    InDoubt,
+}
+
+/// Takes the lock of an existing `X.partial`.
+pub(super) fn try_hold(path: &Path) -> io::Result<Hold> {
     let lock_path = path.join(LOCK_FILE);
     // Each turn means that somebody else made progress in this directory; so many of them are somebody alive.
     for _ in 0..100 {
         let file = match OpenOptions::new().read(true).write(true).open(&lock_path) {
             Ok(file) => file,
-            Err(e) if e.kind() == ErrorKind::NotFound => {
-                if sweep_lockless(path)? {
-                    return Ok(Swept::Removed);
-                }
-                continue;
-            }
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Hold::NoLock),
             Err(e) => return Err(e),
         };
         let mut maker = String::new();
         (&file).take(64).read_to_string(&mut maker).unwrap_or(0);
         match try_lock(file)? {
-            TryLock::Busy => return Ok(Swept::InUse),
-            TryLock::Locked(Held::Unlockable(_)) => return Ok(Swept::InDoubt),
+            TryLock::Busy => return Ok(Hold::InUse),
+            TryLock::Locked(Held::Unlockable(_)) => return Ok(Hold::InDoubt),
             TryLock::Locked(held) => {
                 if !is_linked(&held)? {
                     continue;
                 }
                 if locks_may_be_local(path) && maker != boot_id() {
-                    return Ok(Swept::InDoubt);
+                    return Ok(Hold::InDoubt);
                 }
+                return Ok(Hold::Ours(held));
+            }
+        }
+    }
+    Ok(Hold::InUse)
+}
+
+/// Removes `path`, an `X.partial`, if nobody holds it.
+pub(super) fn sweep(path: &Path) -> io::Result<Swept> {
+    for _ in 0..100 {
+        match try_hold(path)? {
+            Hold::NoLock => {
+                if sweep_lockless(path)? {
+                    return Ok(Swept::Removed);
+                }
+            }
+            Hold::InUse => return Ok(Swept::InUse),
+            Hold::InDoubt => return Ok(Swept::InDoubt),
+            Hold::Ours(_held) => {
                 remove_held(path)?;
                 return Ok(Swept::Removed);
             }

@@ -23,6 +23,8 @@ pub struct Chain {
     pub job: PathBuf,
     pub newest: u64,
     pub pages: Pages,
+    /// About how many pages an object has.
+    size: u64,
 }
 
 pub fn parent_of(dir: &Path) -> Parent {
@@ -43,14 +45,14 @@ pub fn start(job: &Path, number: u64, parent: u64, compression: Compression) -> 
 
 impl Chain {
     /// A full image with objects 1 to 3, of which 2 has its zero pages listed, as if a file were below it.
-    pub fn new(job: &Path, random: &mut Random, compression: Compression) -> Chain {
-        let mut chain = Chain { job: job.to_owned(), newest: 1, pages: Pages::new() };
+    pub fn new(job: &Path, random: &mut Random, compression: Compression, size: u64) -> Chain {
+        let mut chain = Chain { job: job.to_owned(), newest: 1, pages: Pages::new(), size };
         let mut writer = start(job, 1, 0, compression);
         let mut pages = Pages::new();
         for object in 1..=3 {
             let mut at = random.below(5) as u64;
-            while at < 1200 {
-                let n = 1 + random.below(400);
+            while at < size {
+                let n = 1 + random.below(size as usize / 3);
                 let content = content(random, n);
                 put(&mut writer, &mut pages, object, at, &content);
                 at += n as u64 + random.below(9) as u64;
@@ -70,8 +72,9 @@ impl Chain {
         let mut pages = Pages::new();
         for (object, parent_object) in [(1, 1), (2, 3), (3, 2), (9, 9)] {
             let mut at = 0;
-            while at < 1300 {
-                let n = 1 + if random.below(3) == 0 { random.below(300) } else { random.below(6) };
+            while at < self.size * 11 / 10 {
+                let most = if random.below(3) == 0 { self.size as usize / 4 } else { 6 };
+                let n = 1 + random.below(most);
                 match random.below(5) {
                     0 => {
                         let content = content(random, n);
@@ -152,7 +155,7 @@ fn a_chain_reads_as_one_image() {
     let mut random = Random(seed("a_chain_reads_as_one_image"));
     for compression in ALL {
         let scratch = Scratch::new("chain");
-        let mut chain = Chain::new(scratch.path(), &mut random, compression);
+        let mut chain = Chain::new(scratch.path(), &mut random, compression, 1200);
         for _ in 0..8 {
             // Links need not be packed alike.
             let packing = ALL[random.below(3)];
@@ -256,7 +259,7 @@ fn a_parent_is_told_by_its_id() {
     let scratch = Scratch::new("id");
     let job = scratch.path();
     let mut random = Random(1);
-    let mut chain = Chain::new(job, &mut random, Compression::None);
+    let mut chain = Chain::new(job, &mut random, Compression::None, 100);
     chain.grow(&mut random, Compression::None);
     let (parent, child) = (job.join("1"), chain.dir());
     let aside = scratch.path().join("aside");

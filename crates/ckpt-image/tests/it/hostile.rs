@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use ckpt_image::codec::{self, CodecError, Decode, Encode};
-use ckpt_image::{Compression, ReadError, Reader, RunKind, VerifyReport};
+use ckpt_image::{Compression, Identity, ReadError, Reader, RunKind, VerifyReport, Writer, ZeroPages};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::scratch::{Random, Scratch, seed, write_sample};
@@ -577,4 +577,230 @@ fn several_threads_may_read() {
             scope.spawn(|| (0..50).for_each(|_| assert!(read(&reader) == expected)));
         }
     });
+}
+
+/// A chain of two in `<dir>/1` and `<dir>/2`, packed by `compression`. The incremental one lists, in this order: content, a zero
+/// page, pages of the parent's object 10 that are zero there, content, and not listed there, and its object 11 under
+/// another number.
+fn sample_chain(scratch: &Scratch, compression: Compression) -> [PathBuf; 2] {
+    let job = scratch.dir(&format!("chain-{compression}"));
+    let dirs = ["1", "2"].map(|name| job.join(name));
+    dirs.iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    write_sample(&dirs[0], compression);
+    let parent = crate::chain::parent_of(&dirs[0]);
+    let identity = Identity { id: [7; 16], created_unix_ns: 5 };
+    let fd = File::open(&dirs[1]).unwrap();
+    let features = crate::scratch::sample_features();
+    let mut writer =
+        Writer::create_incremental_at(fd.into(), &dirs[1], features, compression, identity, parent).unwrap();
+    writer.record(2, 1, 42, 7, b"thirteen byte").unwrap();
+    let mut data = crate::scratch::text_page("newer ");
+    data.extend_from_slice(&[0; 4096]);
+    writer.pages(10, 0, &data[..4096], ZeroPages::Record).unwrap();
+    writer.pages(12, 0x2000, &data, ZeroPages::Record).unwrap();
+    writer.same(10, 0x1000, 0x20_0000, 10).unwrap();
+    writer.same(13, 0, 0x1000, 11).unwrap();
+    writer.finish().unwrap();
+    check(&dirs[1]).unwrap();
+    dirs
+}
+
+/// Index of the SAME entry of object 10 in the incremental sample.
+const SAME_ENTRY: usize = 3 * 48;
+
+#[test]
+fn every_flipped_bit_of_a_chain_is_found() {
+    for compression in ALL {
+        let scratch = Scratch::new("chain-flip");
+        let [parent, child] = sample_chain(&scratch, compression);
+        for (dir, name) in [(&child, "records"), (&child, "pages"), (&parent, "records"), (&parent, "pages")]
+        {
+            let path = dir.join(name);
+            let bytes = fs::read(&path).unwrap();
+            let file = OpenOptions::new().write(true).open(&path).unwrap();
+            // All bits of each byte were flipped one by one in a full image; here it is about reading all of a chain.
+            for (at, byte) in bytes.iter().enumerate().filter(|(at, _)| *at < 5000 || at % 7 == 0) {
+                file.write_all_at(&[byte ^ (1 << (at % 8))], at as u64).unwrap();
+                let error =
+                    check(&child).expect_err(&format!("{compression}: byte {at} of {}", path.display()));
+                if dir == &parent {
+                    let message = error.to_string();
+                    assert!(message.contains(parent.to_str().unwrap()), "{message}");
+                    assert!(message.contains(child.to_str().unwrap()), "{message}");
+                }
+                file.write_all_at(&[*byte], at as u64).unwrap();
+            }
+            for len in (0..bytes.len()).rev().step_by(11) {
+                file.set_len(len as u64).unwrap();
+                assert!(Reader::open(&child).is_err(), "{compression}: {} cut to {len}", path.display());
+            }
+            fs::write(&path, &bytes).unwrap();
+        }
+        check(&child).unwrap();
+    }
+}
+
+#[test]
+fn impossible_chains_are_refused() {
+    let scratch = Scratch::new("chain-odd");
+    let [parent_dir, child_dir] = sample_chain(&scratch, Compression::Lz4);
+    let child = Image::load(&child_dir);
+    let parent = HEADER + FRAME;
+    assert_eq!(child.frame_of_kind(0xff01), HEADER);
+    let refuse = |change: &dyn Fn(&mut Image), words: &str| {
+        let message = refused(&child, &child_dir, change);
+        assert!(message.contains(words), "{message}");
+    };
+    // The parent: another id, no number, itself, nobody, a version or a place of its own.
+    refuse(&|i| i.records[parent] ^= 1, "built on another one");
+    refuse(&|i| i.put(parent + 16, &0u64.to_le_bytes()), "number 0");
+    refuse(&|i| i.put(parent + 16, &2u64.to_le_bytes()), "built on another one");
+    refuse(&|i| i.put(parent + 16, &u64::MAX.to_le_bytes()), "is not there");
+    refuse(&|i| i.put(HEADER + 6, &2u16.to_le_bytes()), "parent record has version 2");
+    refuse(&|i| i.put(HEADER + 4, &1u16.to_le_bytes()), "impossible version");
+    let second = child.frames()[1];
+    let twice = |i: &mut Image| {
+        i.put(second + 4, &0xff01u16.to_le_bytes());
+        i.put(second + 8, &[0; 16]);
+    };
+    refuse(&twice, "not the first");
+    let runs = child.frame_of_kind(0xff00);
+    refuse(&|i| i.put(runs + 6, &1u16.to_le_bytes()), "impossible version");
+    refuse(&|i| i.put(runs + 6, &3u16.to_le_bytes()), "page index has version 3");
+    // The SAME run: claims of stored bytes, lengths, overlaps here and in the parent.
+    let same = runs + FRAME + SAME_ENTRY;
+    assert_eq!(child.records[same + 20], 3);
+    refuse(&|i| i.put(same + 20, &4u32.to_le_bytes()), "unknown type 4");
+    refuse(&|i| i.put(same + 16, &0u32.to_le_bytes()), "0 pages");
+    refuse(&|i| i.put(same + 32, &1u32.to_le_bytes()), "claims stored bytes");
+    refuse(&|i| i.put(same + 36, &1u32.to_le_bytes()), "claims stored bytes");
+    refuse(&|i| i.put(same + 40, &1u64.to_le_bytes()), "claims stored bytes");
+    refuse(&|i| i.put(same + 8, &1u64.to_le_bytes()), "impossible offset");
+    refuse(&|i| i.put(same + 8, &(u64::MAX - 4095).to_le_bytes()), "impossible offset");
+    refuse(&|i| i.put(same + 8, &0u64.to_le_bytes()), "overlap");
+    refuse(&|i| i.put(same + 48, &10u64.to_le_bytes()), "overlap");
+    let twice = |i: &mut Image| {
+        i.put(same + 48 + 8, &0x1000u64.to_le_bytes());
+        i.put(same + 48 + 24, &10u64.to_le_bytes());
+    };
+    refuse(&twice, "used twice");
+    // What the parent does not list is not listed here; that is allowed, however much it is.
+    let mut wide = child.clone();
+    wide.put(same + 16, &u32::MAX.to_le_bytes());
+    wide.put(same + 24, &77u64.to_le_bytes());
+    wide.fix_checksums();
+    wide.store(&child_dir);
+    let reader = Reader::open(&child_dir).unwrap();
+    assert_eq!(reader.runs(10).iter().map(|run| run.bytes).sum::<u64>(), 4096);
+    child.store(&child_dir);
+    check(&child_dir).unwrap();
+    // A full image cannot list SAME runs.
+    let full = Image::load(&parent_dir);
+    let entry = full.frame_of_kind(0xff00) + FRAME;
+    refused(&full, &parent_dir, |i| i.put(entry + 20, &3u32.to_le_bytes()));
+    full.store(&parent_dir);
+    check(&child_dir).unwrap();
+}
+
+/// Images that name each other, or themselves: numbers must fall.
+#[test]
+fn circles_and_endless_chains_are_refused() {
+    let scratch = Scratch::new("circle");
+    let [parent_dir, child_dir] = sample_chain(&scratch, Compression::None);
+    let child = Image::load(&child_dir);
+    // 1 is a copy of 2 that names 2, with the id that 2 expects.
+    let mut circle = child.clone();
+    circle.put(40, &crate::scratch::SAMPLE_ID);
+    circle.pages[24..40].copy_from_slice(&crate::scratch::SAMPLE_ID);
+    circle.put(HEADER + FRAME, &[7; 16]);
+    circle.put(HEADER + FRAME + 16, &2u64.to_le_bytes());
+    circle.fix_checksums();
+    circle.store(&parent_dir);
+    let message = check(&child_dir).unwrap_err().to_string();
+    assert!(message.contains("lower number"), "{message}");
+    // One that names itself.
+    let mut own = child.clone();
+    own.put(HEADER + FRAME, &[7; 16]);
+    own.put(HEADER + FRAME + 16, &2u64.to_le_bytes());
+    own.fix_checksums();
+    own.store(&child_dir);
+    let message = check(&child_dir).unwrap_err().to_string();
+    assert!(message.contains("lower number"), "{message}");
+    // A chain of 100000: all of them under one id, so that one pair of files does, linked.
+    let long = scratch.dir("long");
+    let store = scratch.dir("files");
+    let mut link = child.clone();
+    link.put(40, &[7; 16]);
+    let number_of = |n: u64| {
+        let mut link = link.clone();
+        link.put(HEADER + FRAME, &[7; 16]);
+        link.put(HEADER + FRAME + 16, &(n - 1).to_le_bytes());
+        link.fix_checksums();
+        link
+    };
+    number_of(2).store(&store);
+    for n in (99_800..=100_000u64).rev() {
+        let dir = long.join(n.to_string());
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("records"), &number_of(n).records).unwrap();
+        fs::hard_link(store.join("pages"), dir.join("pages")).unwrap();
+    }
+    let error = Reader::open(&long.join("100000")).unwrap_err();
+    assert!(matches!(error, ReadError::ChainTooLong { limit: 128, .. }), "{error}");
+}
+
+#[test]
+fn mutated_chains_never_panic() {
+    let mut random = Random(seed("mutated_chains_never_panic"));
+    let mut accepted = 0;
+    for compression in ALL {
+        let scratch = Scratch::new("chain-fuzz");
+        let dirs = sample_chain(&scratch, compression);
+        let images = dirs.each_ref().map(|dir| Image::load(dir));
+        for _ in 0..1500 {
+            let which = random.below(2);
+            let mut mutant = images[which].clone();
+            for _ in 0..1 + random.below(4) {
+                mutate(&mut mutant, &mut random);
+            }
+            if random.below(8) != 0 {
+                mutant.fix_checksums();
+            }
+            mutant.store(&dirs[which]);
+            let result = Reader::open(&dirs[1]).and_then(|reader| {
+                let mut buf = Vec::new();
+                for run in reader.objects().flat_map(|object| object.runs) {
+                    reader.read_run(run, &mut buf)?;
+                }
+                reader.verify(&mut |_, _| ())
+            });
+            accepted += u32::from(result.is_ok());
+            images[which].store(&dirs[which]);
+        }
+    }
+    println!("accepted {accepted} mutants of 4500");
+    assert!(accepted < 4500, "nothing was mutated");
+}
+
+/// What a chain resolves to is not longer than what its images list, however often they list it.
+#[test]
+fn a_chain_cannot_list_more_than_it_holds() {
+    let scratch = Scratch::new("amplify");
+    let job = scratch.path();
+    let mut writer = crate::chain::start(job, 1, 0, Compression::None);
+    let page = crate::scratch::text_page("x");
+    for n in 0..5000 {
+        writer.pages(1, n * 0x2000, &page, ZeroPages::Elide).unwrap();
+    }
+    writer.finish().unwrap();
+    for number in 2..=20 {
+        let mut writer = crate::chain::start(job, number, number - 1, Compression::None);
+        for object in 1..100 {
+            let same = writer.same(object, 0, 5000 * 0x2000, 1);
+            assert_eq!(same.is_ok(), object == 1);
+        }
+        writer.finish().unwrap();
+    }
+    let reader = Reader::open(&job.join("20")).unwrap();
+    assert_eq!(reader.objects().map(|object| object.runs.len()).sum::<usize>(), 5000);
 }

@@ -6,4 +6,5 @@ mod golden;
 mod hostile;
 mod round_trip;
 mod scratch;
+mod squash;
 mod store;

@@ -352,7 +352,8 @@ fn a_full_disk_leaves_no_half_checkpoint() {
     let mut writer = Writer::create(claim.dir(), [0; 64], Compression::None).unwrap();
     let noise = Random(3).bytes(1 << 20);
     let mut result = Ok(());
-    for n in 0..4 {
+    // Far more than is kept on its way to the disk.
+    for n in 0..64 {
         result = writer.pages(1, n << 20, &noise, ZeroPages::Elide);
         if result.is_err() {
             break;

@@ -127,7 +127,10 @@ impl Resource for RegularFileResource {
                     None => return Err(RestoreError::Record(format!("there is no shared object {object}"))),
                 }
             }
-            None => cx.open_in(pid, |b| open_call(b, &f.path, f.opened.flags))?,
+            None => {
+                let path = crate::resource::saved_file::path_now(cx, &f.path);
+                cx.open_in(pid, |b| open_call(b, &path, f.opened.flags))?
+            }
         };
         cx.add_file(record.owner, pid, fd);
         Ok(())
@@ -196,7 +199,7 @@ impl Cuts {
     /// # Errors
     /// If a tail can't be kept or a file can't be cut; it is then as it was.
     pub fn cut(&self) -> Result<Vec<String>, RestoreError> {
-        use std::io::{Seek, SeekFrom, Write};
+        use std::io::{Seek, SeekFrom};
         let mut said = Vec::new();
         for (n, (path, then, now)) in self.files.iter().enumerate() {
             let name = OsStr::from_bytes(path);
@@ -213,22 +216,30 @@ impl Cuts {
             out.sync_all().map_err(err("keeping the tail of"))?;
             file.set_len(then.size).map_err(err("cutting"))?;
             let left = FileStat::of(&file.metadata().map_err(err("looking at"))?);
-            let left = LeftFile {
-                path: path.clone(),
-                dev: left.dev,
-                ino: left.ino,
-                size: left.size,
-                mtime_ns: left.mtime_ns,
-                ctime_ns: left.ctime_ns,
-            };
-            let line = serde_json::to_string(&left).map_err(|e| err("noting")(e.into()))?;
-            writeln!(self.beside(CUTS_FILE).map_err(err("noting"))?, "{line}").map_err(err("noting"))?;
+            self.note_left(std::path::Path::new(name), &left).map_err(err("noting"))?;
             said.push(format!(
                 "{text}: cut from {} back to {} bytes; what was written after the dump is in {}/{tail}",
                 now.size, then.size, self.label
             ));
         }
         Ok(said)
+    }
+
+    /// Notes how a file was left, for the next restore of this checkpoint.
+    ///
+    /// # Errors
+    /// If the checkpoint's directory can't be written to.
+    pub fn note_left(&self, path: &std::path::Path, left: &FileStat) -> std::io::Result<()> {
+        use std::io::Write;
+        let left = LeftFile {
+            path: path.as_os_str().as_bytes().to_vec(),
+            dev: left.dev,
+            ino: left.ino,
+            size: left.size,
+            mtime_ns: left.mtime_ns,
+            ctime_ns: left.ctime_ns,
+        };
+        writeln!(self.beside(CUTS_FILE)?, "{}", serde_json::to_string(&left)?)
     }
 
     fn beside(&self, name: &str) -> std::io::Result<std::fs::File> {
