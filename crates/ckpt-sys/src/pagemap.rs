@@ -333,11 +333,12 @@ mod tests {
         let m = Memory::map(6);
         (0..5).for_each(|page| m.touch(page, 1));
         let cleared = clear_soft_dirty(Pid::this());
-        if cleared.is_err() || !soft_picture(&m).starts_with("-----") {
+        m.touch(1, 2);
+        // A kernel without the bits may take the request all the same.
+        if cleared.is_err() || soft_picture(&m) != "-w--- " {
             eprintln!("skipped: no soft-dirty bits: {cleared:?}");
             return;
         }
-        m.touch(1, 2);
         m.look(2);
         m.touch(5, 1);
         assert_eq!(soft_picture(&m), "-w---w");
@@ -355,23 +356,6 @@ mod tests {
         assert_eq!(unsafe { libc::mremap(from, bytes, bytes, flags, at) } as u64, to.addr);
         std::mem::forget(m);
         assert!(!soft_picture(&to).contains('-'), "{:?}", soft_picture(&to));
-    }
-
-    #[test]
-    fn a_fork_is_not_watched_and_leaves_its_parent_so() {
-        let Some(t) = tracking() else { return };
-        let m = Memory::map(4);
-        (0..4).for_each(|page| m.touch(page, 1));
-        t.register(m.addr, m.bytes).unwrap();
-        assert_eq!(picture(&m, true), "wwww");
-        let child = crate::spawn::fork_child(|| {
-            let seen = scan_written(&pagemap(), m.addr, m.addr + m.bytes, true, &mut |_| ());
-            i32::from(seen != Err(Errno::EPERM))
-        });
-        let status = nix::sys::wait::waitpid(Pid::from_raw(child.unwrap()), None).unwrap();
-        assert_eq!(status, nix::sys::wait::WaitStatus::Exited(status.pid().unwrap(), 0));
-        m.touch(3, 2);
-        assert_eq!(picture(&m, false), "---w");
     }
 
     #[test]
