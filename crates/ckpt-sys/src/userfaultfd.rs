@@ -131,7 +131,7 @@ pub fn probe() -> Result<(), Errno> {
         // SAFETY: inside the mapping, which is writable.
         unsafe { (at as *mut u8).write_volatile(1) };
         tracking.register(start, PAGE)?;
-        crate::pagemap::scan_written(&pagemap, start, start + PAGE, true, &mut |_| ())?;
+        crate::pagemap::scan_written(&pagemap, start, start + PAGE, true, false, &mut |_| ())?;
         let to = start + 2 * PAGE;
         let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // SAFETY: moves the first page of the mapping over the third, both ours and without references to them.
@@ -141,7 +141,7 @@ pub fn probe() -> Result<(), Errno> {
         }
         tracking.register(to, PAGE)?;
         let mut written = false;
-        crate::pagemap::scan_written(&pagemap, to, to + PAGE, false, &mut |r| {
+        crate::pagemap::scan_written(&pagemap, to, to + PAGE, false, false, &mut |r| {
             written |= r.is(crate::pagemap::WRITTEN);
         })?;
         if written { Ok(()) } else { Err(Errno::EOPNOTSUPP) }

@@ -110,7 +110,7 @@ impl Watch {
         let (Way::Protection(_), Ok(pagemap)) = (&self.0, pagemap_of(p.host)) else { return };
         for v in p.vmas.iter().filter(|v| is_worth_it(v)) {
             // What can't be protected counts as written.
-            let _ = pagemap::scan_written(&pagemap, v.start, v.end, true, &mut |_| ());
+            let _ = pagemap::scan_written(&pagemap, v.start, v.end, true, false, &mut |_| ());
         }
     }
 
@@ -143,7 +143,7 @@ impl Watch {
                     let unwritten = !r.is(WRITTEN) && !doubtful;
                     push(&mut out, Stretch { addr: r.start, bytes: r.end - r.start, unwritten, doubtful });
                 };
-                match pagemap::scan_written(pagemap, start, end, protect, &mut add) {
+                match pagemap::scan_written(pagemap, start, end, protect, over_file, &mut add) {
                     Ok(()) => Ok(Some(out)),
                     Err(Errno::EPERM) => Ok(None),
                     Err(errno) => Err(errno),
