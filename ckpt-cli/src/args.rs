@@ -263,6 +263,17 @@ pub struct DumpArgs {
     #[command(flatten)]
     pub store: StoreArg,
 
+    /// Save only the memory that has changed since the last incremental dump, whose checkpoint is needed from then on.
+    ///
+    /// The first one is a full checkpoint, and so is one for which the earlier writes are not known for sure, with a line that says why.
+    #[arg(long, conflicts_with = "dir")]
+    pub incremental: bool,
+
+    /// Make a full checkpoint when this many are built on each other.
+    #[arg(long, value_name = "N", default_value_t = 16, requires = "incremental",
+          value_parser = clap::value_parser!(u64).range(1..=128))]
+    pub max_chain: u64,
+
     /// Save the content of the files that the job has open for writing, too, as it is at this moment.
     ///
     /// A restore with --rollback-files puts them back. The job stands still while they are copied, unless their file system shares extents
