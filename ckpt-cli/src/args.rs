@@ -180,7 +180,8 @@ pub struct SupervisionArgs {
     /// Dump the job whenever it has used up so much since its last dump of this kind, or a file has changed.
     ///
     /// cpu:DURATION: CPU time of all its processes. written:SIZE: bytes that it caused to be written to storage (not to tmpfs).
-    /// sent:SIZE: bytes that it sent over TCP; what connections sent in the last second before they were closed is not seen.
+    /// sent:SIZE: bytes that it sent over TCP (a dump that is refused because a
+    /// connection is open is tried again every 10 seconds); what connections sent in the last second before they were closed is not seen.
     /// changed:PATH: PATH appeared, was replaced, or has another length or modification time. Looked at once a second. May be given several times.
     #[arg(long, value_name = "WHAT:AMOUNT")]
     pub dump_at: Vec<Threshold>,

@@ -14,6 +14,7 @@ mod external;
 mod files;
 mod image_damage;
 mod interrupted;
+mod late_changes;
 mod lazy;
 mod locks;
 mod memory;

@@ -320,7 +320,7 @@ impl Supervisor {
     }
 
     fn main_ended(&mut self, status: ExitStatus) {
-        let status = self.failed.unwrap_or(status);
+        let status = crate::init::defect().or(self.failed).unwrap_or(status);
         self.main_status = Some(status);
         let line = format!("{}\n", status.to_wait_status());
         if let Err(error) = write_entry_file(&entry_path(&self.entry), "exit", line.as_bytes()) {

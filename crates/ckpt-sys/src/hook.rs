@@ -31,6 +31,26 @@ pub fn point() {
     counting::point();
 }
 
+#[cfg(feature = "test-hooks")]
+fn first_time() -> bool {
+    static BEEN_HERE: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+    !BEEN_HERE.swap(true, std::sync::atomic::Ordering::Relaxed)
+}
+
+/// Between *discover* and the first *freeze* of a dump: makes the file `CKPT_TEST_BEFORE_FREEZE` and waits until it is gone, so that
+/// a job can be made to change just then.
+pub fn before_freeze() {
+    #[cfg(feature = "test-hooks")]
+    if let Some(path) = std::env::var_os("CKPT_TEST_BEFORE_FREEZE").filter(|_| first_time()) {
+        let path = std::path::Path::new(&path);
+        if std::fs::write(path, b"").is_ok() {
+            while path.exists() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        }
+    }
+}
+
 /// Writes the number of points passed to the file `CKPT_TEST_COUNT`.
 pub fn report() {
     #[cfg(feature = "test-hooks")]

@@ -265,6 +265,8 @@ fn decode(status: i32) -> Stop {
 /// # Errors
 /// ECHILD if the task is not ours.
 pub fn wait(pid: Pid) -> Result<Stop> {
+    // The tracee runs: in the midst of a list of calls, for one.
+    crate::hook::point();
     loop {
         match wait_flags(pid, 0) {
             Ok(Some((_, stop))) => return Ok(stop),

@@ -224,30 +224,44 @@ pub fn kill(pid: Pid, signal: i32) -> Result<()> {
     raw(libc::SYS_kill, [pid.as_raw() as u64, signal as u64, 0, 0, 0, 0]).map(drop)
 }
 
-/// CPU that a task last ran on; what it is pinned to for as long as the guard lives is this thread, not the task.
+/// Keeps this thread on the CPU of the task that it drives, until it is dropped; the task is not pinned.
 ///
 /// A stop is answered six times faster on the same CPU than across CPUs.
-#[derive(Debug)]
-pub struct Beside(Option<Vec<u8>>);
+#[derive(Debug, Default)]
+pub struct Beside {
+    cpu: Option<usize>,
+    /// Where this thread may run otherwise.
+    old: Option<Vec<u8>>,
+}
+
+/// The CPU on which thread `tid` of `pid` ran last.
+pub fn last_cpu(pid: Pid, tid: Pid) -> Option<usize> {
+    use std::io::Read;
+    let mut text = [0; 1024];
+    let n = std::fs::File::open(format!("/proc/{pid}/task/{tid}/stat")).ok()?.read(&mut text).ok()?;
+    let text = std::str::from_utf8(&text[..n]).ok()?;
+    text.rsplit(')').next()?.split_whitespace().nth(36)?.parse::<usize>().ok()
+}
 
 impl Beside {
-    /// Moves this thread to the CPU on which `tid` ran last, where that is possible.
-    pub fn task(tid: Pid) -> Beside {
-        let cpu = || {
-            let text = std::fs::read_to_string(format!("/proc/{tid}/stat")).ok()?;
-            text.rsplit(')').next()?.split_whitespace().nth(36)?.parse::<usize>().ok()
-        };
+    /// Moves this thread to the CPU on which a task ran last ([`last_cpu`]), where that is possible.
+    pub fn on(&mut self, cpu: Option<usize>) {
+        let Some(cpu) = cpu.filter(|cpu| self.cpu != Some(*cpu)) else { return };
         let this = Pid::from_raw(0);
-        let (Some(cpu), Ok(old)) = (cpu(), affinity(this)) else { return Beside(None) };
-        let mut mask = vec![0u8; old.len().max(cpu / 8 + 1)];
+        if self.old.is_none() {
+            self.old = affinity(this).ok();
+        }
+        let mut mask = vec![0u8; self.old.as_ref().map_or(0, Vec::len).max(cpu / 8 + 1)];
         mask[cpu / 8] = 1 << (cpu % 8);
-        Beside(set_affinity(this, &mask).is_ok().then_some(old))
+        if set_affinity(this, &mask).is_ok() {
+            self.cpu = Some(cpu);
+        }
     }
 }
 
 impl Drop for Beside {
     fn drop(&mut self) {
-        if let Some(old) = self.0.take() {
+        if let Some(old) = self.old.take().filter(|_| self.cpu.is_some()) {
             let _ = set_affinity(Pid::from_raw(0), &old);
         }
     }

@@ -4,6 +4,7 @@
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -135,6 +136,9 @@ START = time.monotonic() - float(os.environ.get("CKPT_BENCH_SECONDS_BEFORE", "0"
 
 def main():
     """Runs what is asked for; 1 if a case failed."""
+    # A shell starts what runs in the background with SIGINT ignored; either signal ends the jobs first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     options = arguments()
     names = [case.name for case in CASES]
     if options.list:

@@ -4,19 +4,27 @@
 use super::freeze::FrozenJob;
 use crate::error::DumpError;
 use crate::kind::Kind;
-use crate::model::process::{Process, Task};
+use crate::model::Job;
+use crate::model::process::{Frozen, Process, Task};
 use crate::resource::{At, Collect, Collected, Resource, in_order};
-use ckpt_sys::inject::{Live, NO_CALL, Padding, SCRATCH_BYTES, SystemCall};
+use ckpt_sys::inject::{Live, NO_CALL, Padding, Query, SCRATCH_BYTES, Start, SystemCall};
+use ckpt_sys::libc;
 use ckpt_sys::memory::Forced;
+use ckpt_sys::task::last_cpu;
 
 /// Runs all kinds over the job, its open files, its processes and their threads.
 ///
 /// # Errors
 /// The first error of a kind.
-pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Collected, DumpError> {
+pub fn collect(
+    frozen: &mut FrozenJob,
+    before: &Job,
+    warnings: &mut Vec<String>,
+) -> Result<Collected, DumpError> {
     let mut out = Collected::default();
     let order = in_order();
     let FrozenJob { job, opened, .. } = frozen;
+    job.build_ids = before.build_ids.clone();
     let job = &*job;
     let step = |live: Option<&mut Live>,
                 at: At<'_>,
@@ -38,26 +46,57 @@ pub fn collect(frozen: &mut FrozenJob, warnings: &mut Vec<String>) -> Result<Col
         let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
         let mut opened = opened.get(p.pid);
         let padding = opened.as_ref().map_or_else(|| padding_of(p), |o| Ok(o.padding))?;
-        for t in &p.threads {
-            let _beside = ckpt_sys::task::Beside::task(t.host);
-            if t.tid == p.pid
-                && let Some(o) = &mut opened
+        let scratch = scratch_of(p)?;
+        let mut beside = ckpt_sys::task::Beside::default();
+        if let Some(o) = &mut opened {
+            let t = &p.threads[0];
+            beside.on(last_cpu(p.host, t.host));
+            o.live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
+            step(Some(&mut o.live), At::Process(p), None, &mut out, warnings)?;
+            step(Some(&mut o.live), At::Thread(p, t), None, &mut out, warnings)?;
+            // The other threads have theirs at the same place.
+            o.live.release_scratch()?;
+        }
+        // Each thread's code stands before that of the thread before is taken away, so that there is always one to unmap
+        // the scratch pages. That of a process made dumpable has one place only, and would unmap them at any time.
+        let second = opened.is_none().then(|| padding.beside());
+        let mut before: Option<Live> = None;
+        // The leader, then those of one CPU after those of another: each move between CPUs costs as much as a thread.
+        let mut threads: Vec<(bool, Option<usize>, &Task)> =
+            p.threads.iter().map(|t| (t.tid != p.pid, last_cpu(p.host, t.host), t)).collect();
+        threads.sort_by_key(|(other, cpu, _)| (*other, *cpu));
+        for (i, (_, cpu, t)) in threads.into_iter().enumerate().skip(usize::from(opened.is_some())) {
+            beside.on(cpu);
+            let place = second.filter(|_| i % 2 == 1).unwrap_or(padding);
+            if second.is_none()
+                && let Some(last) = before.take()
             {
-                step(Some(&mut o.live), At::Process(p), None, &mut out, warnings)?;
-                step(Some(&mut o.live), At::Thread(p, t), None, &mut out, warnings)?;
-                // The other threads have theirs at the same place.
-                o.live.release_scratch()?;
-                continue;
+                last.close(&memory)?;
             }
-            let mut live = open(p, t, &memory, padding)?;
+            let mut live = open(p, t, &memory, place, scratch)?;
+            if let Some(mut last) = before.take() {
+                live.inherit_scratch(&mut last);
+                last.close(&memory)?;
+            }
             if t.tid == p.pid {
+                live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
                 step(Some(&mut live), At::Process(p), None, &mut out, warnings)?;
+            } else {
+                live.prefetch(&asks(&order, job, &[At::Thread(p, t)]))?;
             }
             step(Some(&mut live), At::Thread(p, t), None, &mut out, warnings)?;
-            live.close(&memory)?;
+            before = Some(live);
+        }
+        if let Some(last) = before {
+            last.close(&memory)?;
         }
     }
     Ok(out)
+}
+
+/// What all kinds will ask there.
+fn asks(order: &[&dyn Resource], job: &Job, at: &[At<'_>]) -> Vec<Query> {
+    at.iter().flat_map(|at| order.iter().flat_map(|r| r.asks(job, *at))).collect()
 }
 
 fn collect_all(
@@ -84,23 +123,35 @@ pub(crate) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
     })
 }
 
-/// The error of a process whose address space is full.
-pub(super) fn no_place(pid: i32) -> DumpError {
-    let source = std::io::Error::from(std::io::ErrorKind::OutOfMemory);
-    DumpError::Process { pid, what: "finding a free page in its address space".into(), source }
+/// Where an injection may map its scratch pages.
+///
+/// # Errors
+/// If its address space is full.
+pub(crate) fn scratch_of(p: &Process) -> Result<u64, DumpError> {
+    p.hole(SCRATCH_BYTES).ok_or_else(|| {
+        let source = std::io::Error::from(std::io::ErrorKind::OutOfMemory);
+        DumpError::Process { pid: p.pid, what: "finding free pages in its address space".into(), source }
+    })
 }
 
-/// Starts an injection into a frozen thread.
-pub(crate) fn open(p: &Process, t: &Task, memory: &Forced, padding: Padding) -> Result<Live, DumpError> {
-    open_undone_by(p, t, memory, padding, NO_CALL)
+/// Starts an injection into a frozen thread, with [`SCRATCH_BYTES`] at `scratch` where nothing is mapped.
+pub(crate) fn open(
+    p: &Process,
+    t: &Task,
+    memory: &Forced,
+    padding: Padding,
+    scratch: u64,
+) -> Result<Live, DumpError> {
+    open_undone_by(p, t, memory, padding, scratch, NO_CALL)
 }
 
-/// Starts an injection into a frozen thread, which makes the call `last` before it goes on.
+/// As [`open`]; the thread makes the call `last` before it goes on.
 pub(crate) fn open_undone_by(
     p: &Process,
     t: &Task,
     memory: &Forced,
     padding: Padding,
+    scratch: u64,
     last: SystemCall,
 ) -> Result<Live, DumpError> {
     let missing = || DumpError::Process {
@@ -109,6 +160,18 @@ pub(crate) fn open_undone_by(
         source: std::io::Error::from(std::io::ErrorKind::NotFound),
     };
     let frozen = t.frozen.as_ref().ok_or_else(missing)?;
-    let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
-    Ok(Live::open(t.host, memory, padding, scratch, &frozen.registers, frozen.quiet, last)?)
+    let Frozen { registers, mask, quiet } = *frozen;
+    let start = Start { padding, scratch, registers, mask, quiet, last, bell: bell(p, frozen) };
+    Ok(Live::open(t.host, memory, start)?)
+}
+
+/// A signal that the thread does not block and its process ignores, 0 if there is none. One that is ignored by default
+/// comes first: no program minds such a signal, should a handler be installed just when the dumper is killed.
+pub(super) fn bell(p: &Process, frozen: &Frozen) -> i32 {
+    let has = |mask: u64, signal: i32| mask >> (signal - 1) & 1 != 0;
+    let by_default = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
+    let (handled, ignored) = (p.status.sigcgt, p.status.sigign);
+    let unhandled = by_default.into_iter().filter(|s| !has(handled, *s));
+    let standard = (1..32).filter(|s| *s != libc::SIGCONT && has(ignored, *s));
+    unhandled.chain(standard).find(|s| !has(frozen.mask, *s)).unwrap_or(0)
 }

@@ -27,8 +27,8 @@ pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
     let mut before = None;
     let mut job = loop {
         let mut refusals = Refusals::default();
-        let found =
-            Job::observe(info, &mut refusals).and_then(|mut job| examine(&mut job, refusals).map(|()| job));
+        let found = Job::observe(info, None, false, &mut refusals)
+            .and_then(|mut job| examine(&mut job, refusals).map(|()| job));
         match found {
             Ok(job) => break job,
             Err(DumpError::JobEnded) => return Err(DumpError::JobEnded),

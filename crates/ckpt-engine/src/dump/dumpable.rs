@@ -6,11 +6,11 @@
 //! injected code puts the old value back before the thread goes on. Processes without a value that can be put back are
 //! refused.
 
-use super::collect::{no_place, padding_of};
+use super::collect::{bell, padding_of, scratch_of};
 use crate::error::{DumpError, Refusals};
 use crate::model::process::{Frozen, Process};
 use crate::resource::process::is_filtered;
-use ckpt_sys::inject::{Live, NO_CALL, Padding, SCRATCH_BYTES};
+use ckpt_sys::inject::{Live, NO_CALL, Padding, Start};
 use ckpt_sys::memory::Forced;
 use ckpt_sys::{arch, libc};
 use std::collections::BTreeMap;
@@ -60,9 +60,12 @@ impl MadeDumpable {
         }
         let memory = Forced::by_words(p.host);
         let padding = padding_of(p)?;
-        let scratch = p.hole(SCRATCH_BYTES).ok_or_else(|| no_place(p.pid))?;
-        let start =
-            |last| Live::open(p.host, &memory, padding, scratch, &leader.registers, leader.quiet, last);
+        let scratch = scratch_of(p)?;
+        let Frozen { registers, mask, quiet } = leader;
+        let bell = bell(p, &leader);
+        let start = |last| {
+            Live::open(p.host, &memory, Start { padding, scratch, registers, mask, quiet, last, bell })
+        };
         let prctl = |option: i32, value: u64| (libc::SYS_prctl, [option as u64, value, 0, 0, 0, 0]);
         let (get, get_args) = prctl(libc::PR_GET_DUMPABLE, 0);
         let mut live = start(NO_CALL)?;
@@ -77,7 +80,7 @@ impl MadeDumpable {
         let mut live = start(prctl(libc::PR_SET_DUMPABLE, value))?;
         let (set, set_args) = prctl(libc::PR_SET_DUMPABLE, 1);
         live.call("PR_SET_DUMPABLE", set, set_args)?;
-        let beside = padding.beside(&live);
+        let beside = padding.beside();
         let value = value as u32;
         self.0.insert(p.pid, Opened { live, frozen: leader, padding: beside, value, memory });
         Ok(true)

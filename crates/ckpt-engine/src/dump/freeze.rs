@@ -7,13 +7,13 @@ use super::dumpable::MadeDumpable;
 use super::phases::Phases;
 use super::{discover, short_write};
 use crate::error::{DumpError, Refusals};
+use crate::model::Job;
 use crate::model::process::{Frozen, Task, children};
-use crate::model::{Job, JobInfo};
 use ckpt_sys::arch;
 use ckpt_sys::inject::Padding;
 use ckpt_sys::ptrace::{self, Stop};
 use ckpt_sys::{Errno, Pid, libc};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// How long a task may take to stop. A task in uninterruptible sleep (a dead network file system) takes for ever.
@@ -37,16 +37,13 @@ struct Tasks {
 }
 
 /// All task ids below init, as ckpt sees them.
-fn all_tasks(init: i32) -> BTreeSet<Pid> {
-    let mut out = BTreeSet::new();
+fn all_tasks(init: i32) -> Vec<Pid> {
+    let mut out = Vec::new();
     let mut pending = children(init);
     while let Some(p) = pending.pop() {
         let Ok(dir) = std::fs::read_dir(format!("/proc/{p}/task")) else { continue };
-        for t in dir.flatten() {
-            if let Some(tid) = t.file_name().to_str().and_then(|s| s.parse::<i32>().ok()) {
-                out.insert(Pid::from_raw(tid));
-            }
-        }
+        let tids = dir.flatten().filter_map(|t| t.file_name().to_str()?.parse::<i32>().ok());
+        out.extend(tids.map(Pid::from_raw));
         pending.extend(children(p));
     }
     out
@@ -123,6 +120,42 @@ impl Tasks {
                 Err(DumpError::NotStopped { pid: tid.as_raw(), reason })
             }
         }
+    }
+
+    /// Stops these tasks and all that they make meanwhile.
+    fn stop(&mut self, found: &[Pid]) -> Result<(), DumpError> {
+        for tid in found {
+            if !self.stopped.contains_key(tid) && !self.running.contains_key(tid) {
+                self.seize(*tid)?;
+            }
+        }
+        let started = Instant::now();
+        while !self.running.is_empty() {
+            self.reap_stops()?;
+            if started.elapsed() > Duration::from_millis(20) {
+                self.release_vfork_children()?;
+                std::thread::sleep(Duration::from_micros(200));
+            } else if !self.running.is_empty() {
+                std::thread::yield_now();
+            }
+            if let Some((tid, _)) = self.running.iter().find(|(_, since)| since.elapsed() > STOP_LIMIT) {
+                return Err(not_stopped(*tid));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tasks of the job that do not stand still yet.
+    fn missing(&self, job: &Job) -> Vec<Pid> {
+        let running = |tid: &Pid| !self.stopped.contains_key(tid) && !is_zombie(*tid);
+        let seen = job.processes.iter().flat_map(|p| &p.threads).map(|t| t.host);
+        let missing: Vec<Pid> = seen.filter(running).collect();
+        if !missing.is_empty() {
+            return missing;
+        }
+        // One that was made just before its maker was stopped may have handed on to another and ended while the list was
+        // read. A second one that names nobody else is complete.
+        all_tasks(job.info.init).into_iter().filter(running).collect()
     }
 
     fn reap_stops(&mut self) -> Result<(), DumpError> {
@@ -241,42 +274,26 @@ impl Drop for Tasks {
     }
 }
 
-/// Stops every task of the job and observes what stands still.
+/// Stops every task of the job, which looked like `before`, and observes what stands still. With `assume`, flags of
+/// mappings are assumed to be what they were; [`crate::resource::memory_map::confirm`] finds out.
 ///
 /// # Errors
 /// [`DumpError::NotStopped`] names a task that does not stop; in each case the job runs on.
-pub fn freeze(info: &JobInfo, phases: &mut Phases) -> Result<FrozenJob, DumpError> {
+pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJob, DumpError> {
     let mut tasks = Tasks::default();
-    let mut quiet_rounds = 0;
-    let started = Instant::now();
-    while quiet_rounds < 2 {
-        let mut new = false;
-        for tid in all_tasks(info.init) {
-            if !tasks.stopped.contains_key(&tid) && !tasks.running.contains_key(&tid) && !is_zombie(tid) {
-                tasks.seize(tid)?;
-                new = true;
-            }
-        }
-        tasks.reap_stops()?;
-        if !tasks.running.is_empty() {
-            if started.elapsed() > Duration::from_millis(20) {
-                tasks.release_vfork_children()?;
-                std::thread::sleep(Duration::from_micros(200));
-            } else {
-                std::thread::yield_now();
-            }
-            if let Some((tid, _)) = tasks.running.iter().find(|(_, since)| since.elapsed() > STOP_LIMIT) {
-                return Err(not_stopped(*tid));
-            }
-        }
-        let settled = !new && tasks.running.is_empty();
-        quiet_rounds = if settled { quiet_rounds + 1 } else { 0 };
-    }
-    phases.end("stop");
+    // What *discover* saw is stopped at once; only then does it matter what came since.
+    let mut found: Vec<Pid> = before.live().flat_map(|p| &p.threads).map(|t| t.host).collect();
     let mut opened = MadeDumpable::default();
     let (mut job, refusals) = loop {
+        tasks.stop(&found)?;
+        phases.end("stop");
         let mut refusals = Refusals::default();
-        let job = Job::observe(info, &mut refusals)?;
+        let job = Job::observe(&before.info, Some(before), assume, &mut refusals)?;
+        // A task that runs may make others: no list is complete before all that it names stand still.
+        found = tasks.missing(&job);
+        if !found.is_empty() {
+            continue;
+        }
         let mut look_again = false;
         for p in job.live().filter(|p| !opened.has(p.pid)) {
             if let Some(padding) = p.padding() {

@@ -13,10 +13,12 @@ pub mod snapshot;
 pub mod write;
 
 use crate::error::DumpError;
-use crate::model::JobInfo;
-use crate::snapshot::{Account, Engine, Source};
+use crate::model::{Job, JobInfo};
+use crate::resource::Collected;
+use crate::snapshot::{Account, Engine, Prepared, Snapshot, Source};
 use ckpt_image::{Compression, Summary};
 use pace::Pace;
+use phases::Phases;
 use std::num::NonZeroU64;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -56,10 +58,10 @@ pub struct DumpReport {
     pub threads: usize,
     /// About how many bytes of memory the job used.
     pub memory_bytes: u64,
+    /// How long each phase took.
+    pub phases: Phases,
     /// What the snapshot took.
     pub account: Account,
-    /// How long each phase took.
-    pub phases: phases::Phases,
     /// What the person who dumps should know.
     pub warnings: Vec<String>,
     /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
@@ -90,36 +92,80 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let DumpRequest { info, dir, compression, engine, stop, with_files, io_limit, free_bytes, progress } =
         request;
-    let mut phases = phases::Phases::default();
+    let mut phases = Phases::default();
     let found = discover::discover(&info)?;
-    let engine = engine.prepare(&found.job, stop)?;
-    found.check_room(engine.as_ref(), compression, free_bytes, dir)?;
+    let prepared = engine.prepare(&found.job, stop)?;
+    found.check_room(prepared.as_ref(), compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
     let writer = write::start(dir, compression)?;
     phases.end("discover");
     barrier::prepare(&found.job);
     phases.end("barrier");
-    let started = Instant::now();
-    let mut frozen = freeze::freeze(&info, &mut phases)?;
-    frozen.job.build_ids = found.job.build_ids;
-    let mut warnings = Vec::new();
-    let mut collected = collect::collect(&mut frozen, &mut warnings)?;
-    phases.end("collect");
-    if with_files {
-        crate::resource::saved_file::keep(&frozen.job, dir, &mut collected)?;
-        phases.end("files");
-    }
-    let mut snapshot = snapshot::take(engine, &mut frozen, &collected)?;
-    phases.end("snapshot");
-    let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
-    let frozen = if stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
-    let pause = started.elapsed();
-    phases.end("resume");
+    let how = How { stop, files: with_files.then_some(dir) };
+    // Nobody waits for a job that will be ended.
+    let first = still(&found.job, prepared, how, !stop, &mut phases)?;
+    let taken = match first {
+        Some(taken) => taken,
+        // It changed how its memory behaves just before it was frozen: rare, and now everything is read while it is.
+        None => {
+            let again = still(&found.job, engine.prepare(&found.job, stop)?, how, false, &mut phases)?;
+            again.ok_or(DumpError::JobEnded)?
+        }
+    };
+    let Taken { collected, mut snapshot, pause, processes, threads, warnings, frozen } = taken;
     let shared_bytes: u64 = collected.sources.iter().filter(|s| s.is_file()).map(Source::bytes).sum();
     let memory_bytes = found.memory_bytes + shared_bytes;
     let mut advance = |n| progress(n, memory_bytes);
     let (summary, account) =
         write::write(writer, collected, snapshot.as_mut(), &Pace::new(io_limit), &mut advance)?;
     phases.end("write");
-    Ok(DumpReport { summary, pause, processes, threads, memory_bytes, account, phases, warnings, frozen })
+    Ok(DumpReport { summary, pause, phases, processes, threads, memory_bytes, account, warnings, frozen })
+}
+
+/// What remains of the time in which the job stood still.
+struct Taken {
+    collected: Collected,
+    snapshot: Box<dyn Snapshot>,
+    pause: Duration,
+    processes: usize,
+    threads: usize,
+    warnings: Vec<String>,
+    frozen: Option<freeze::FrozenJob>,
+}
+
+/// What is done while the job stands still.
+#[derive(Debug, Clone, Copy)]
+struct How<'a> {
+    /// It stays frozen.
+    stop: bool,
+    /// Where the content of files that it is writing is kept, if it is.
+    files: Option<&'a Path>,
+}
+
+/// Freezes the job, which looked like `before`, and resumes it. None if what was to be assumed was not so.
+fn still(
+    before: &Job,
+    engine: Box<dyn Prepared>,
+    how: How<'_>,
+    assume: bool,
+    phases: &mut Phases,
+) -> Result<Option<Taken>, DumpError> {
+    ckpt_sys::hook::before_freeze();
+    let started = Instant::now();
+    let mut frozen = freeze::freeze(before, assume, phases)?;
+    let mut warnings = Vec::new();
+    let mut collected = collect::collect(&mut frozen, before, &mut warnings)?;
+    phases.end("collect");
+    if let Some(dir) = how.files {
+        crate::resource::saved_file::keep(&frozen.job, dir, &mut collected)?;
+        phases.end("files");
+    }
+    let mut snapshot = snapshot::take(engine, &mut frozen, &mut collected)?;
+    phases.end("snapshot");
+    let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
+    let frozen = if how.stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
+    let pause = started.elapsed();
+    phases.end("resume");
+    let sound = crate::resource::memory_map::confirm(&mut collected, snapshot.as_mut())?;
+    Ok(sound.then_some(Taken { collected, snapshot, pause, processes, threads, warnings, frozen }))
 }

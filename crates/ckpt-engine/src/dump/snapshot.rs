@@ -3,6 +3,7 @@
 
 use super::freeze::FrozenJob;
 use crate::error::DumpError;
+use crate::model::memory::read_smaps;
 use crate::resource::Collected;
 use crate::snapshot::{Prepared, Snapshot};
 
@@ -13,7 +14,12 @@ use crate::snapshot::{Prepared, Snapshot};
 pub fn take(
     engine: Box<dyn Prepared>,
     frozen: &mut FrozenJob,
-    collected: &Collected,
+    collected: &mut Collected,
 ) -> Result<Box<dyn Snapshot>, DumpError> {
-    engine.snapshot(frozen, collected)
+    let snapshot = engine.snapshot(frozen, collected)?;
+    for p in frozen.job.live().filter(|p| p.assumed_flags && !snapshot.keeps_mappings(p.pid)) {
+        let vmas = read_smaps(p.host.as_raw()).map_err(DumpError::process(p.pid, "reading smaps"))?;
+        collected.mappings.insert(p.pid, vmas);
+    }
+    Ok(snapshot)
 }

@@ -22,7 +22,7 @@ pub fn start(dir: &Path, compression: Compression) -> Result<Writer, DumpError> 
 /// Those of the snapshot and the writer; the caller removes the directory.
 pub fn write(
     mut writer: Writer,
-    collected: Collected,
+    mut collected: Collected,
     snapshot: &mut dyn Snapshot,
     pace: &Pace,
     progress: &mut dyn FnMut(u64),
@@ -33,6 +33,7 @@ pub fn write(
     }
     let mut done = 0;
     let mut stored = Stored::default();
+    stored.mappings = std::mem::take(&mut collected.mappings);
     let mut advance = |n: u64| {
         done += n;
         progress(done);

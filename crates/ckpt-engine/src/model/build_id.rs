@@ -107,8 +107,8 @@ pub fn hex(id: &[u8]) -> String {
 }
 
 /// Build-ids of mapped files, read while the job runs: what has not changed need not be read when it is frozen.
-#[derive(Debug, Default)]
-pub struct BuildIds(HashMap<Version, Option<Vec<u8>>>);
+#[derive(Debug, Default, Clone)]
+pub struct BuildIds(std::rc::Rc<HashMap<Version, Option<Vec<u8>>>>);
 
 /// Device, inode, size, time of change of content and of anything.
 type Version = (u64, u64, u64, i64, i64);
@@ -136,7 +136,7 @@ impl BuildIds {
                 out.entry(version(&stat)).or_insert_with(|| of_file(path.as_ref(), &stat));
             }
         }
-        BuildIds(out)
+        BuildIds(out.into())
     }
 
     /// That of the file at `path`, which `stat` describes.

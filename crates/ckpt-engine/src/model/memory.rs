@@ -43,6 +43,13 @@ impl Vma {
         self.flags.iter().any(|f| f == flag.as_bytes())
     }
 
+    /// Whether the maps file has the same line for both.
+    pub fn has_line_of(&self, o: &Vma) -> bool {
+        (self.start, self.end, self.prot, self.shared, self.offset, self.dev, self.ino, self.deleted)
+            == (o.start, o.end, o.prot, o.shared, o.offset, o.dev, o.ino, o.deleted)
+            && self.name == o.name
+    }
+
     /// MAP_GROWSDOWN.
     pub fn grows_down(&self) -> bool {
         self.has("gd")
@@ -98,6 +105,24 @@ fn parse_head(line: &str) -> Option<Vma> {
 
 use ckpt_sys::libc;
 
+/// Parses the text of /proc/pid/maps: all mappings but the vsyscall page, without what only smaps tells.
+///
+/// # Errors
+/// InvalidData for a line that can't be parsed.
+pub fn parse_maps(text: &[u8]) -> std::io::Result<Vec<Vma>> {
+    let mut out = Vec::new();
+    for line in text.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+        let line = String::from_utf8_lossy(line);
+        out.push(parse_head(&line).ok_or_else(|| unknown(&line))?);
+    }
+    out.retain(|v| v.name != "[vsyscall]");
+    Ok(out)
+}
+
+fn unknown(line: &str) -> std::io::Error {
+    std::io::Error::new(std::io::ErrorKind::InvalidData, format!("unknown line: {line}"))
+}
+
 /// All mappings of a process but the vsyscall page.
 ///
 /// # Errors
@@ -124,9 +149,7 @@ pub fn read_smaps(host: i32) -> std::io::Result<Vec<Vma>> {
         } else if let Some(rest) = line.strip_prefix("Swap:") {
             out.last_mut().into_iter().for_each(|v| v.swap_bytes = kib(rest));
         } else if line.as_bytes().first().is_some_and(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b)) {
-            let bad =
-                || std::io::Error::new(std::io::ErrorKind::InvalidData, format!("unknown line: {line}"));
-            out.push(parse_head(&line).ok_or_else(bad)?);
+            out.push(parse_head(&line).ok_or_else(|| unknown(&line))?);
         }
     }
     out.retain(|v| v.name != "[vsyscall]");

@@ -113,19 +113,30 @@ fn same_objects<T: Copy>(
 }
 
 impl Job {
-    /// Observes all processes below init. What vanishes while it looks is left out.
+    /// Observes all processes below init, with the help of what was seen `before`; with `assume`, flags of mappings are
+    /// taken from there (see [`Process::assumed_flags`]). What vanishes while it looks is left out.
     ///
     /// # Errors
     /// [`DumpError::JobEnded`], or what reading /proc gives.
-    pub fn observe(info: &JobInfo, refusals: &mut Refusals) -> Result<Job, DumpError> {
-        let mut job = Job { info: info.clone(), ..Job::default() };
+    pub fn observe(
+        info: &JobInfo,
+        before: Option<&Job>,
+        assume: bool,
+        refusals: &mut Refusals,
+    ) -> Result<Job, DumpError> {
+        let order = before.map_or_else(HashMap::new, |b| b.order.clone());
+        let mut job = Job { info: info.clone(), order, ..Job::default() };
         let mut inner = HashMap::from([(info.init, 1)]);
         let mut pending = process::children(info.init);
         while let Some(host) = pending.pop() {
-            let Some(p) = Process::observe(host, &inner)? else { continue };
+            let Some(p) =
+                Process::observe(host, &inner, before.and_then(|b| b.seen(host)).filter(|_| assume))?
+            else {
+                continue;
+            };
             inner.insert(host, p.pid);
             job.groups.insert(p.host_pgid, p.pgid);
-            pending.extend(process::children(host));
+            pending.extend(p.children.iter().copied());
             job.processes.push(p);
         }
         if job.live().next().is_none() {
@@ -245,6 +256,10 @@ impl Job {
     /// Where a file of the job can be looked at from outside: paths are as init has them, whatever root a process has.
     pub fn outside(&self, path: &str) -> String {
         format!("/proc/{}/root{path}", self.info.init)
+    }
+
+    fn seen(&self, host: i32) -> Option<&Process> {
+        self.processes.iter().find(|p| p.host.as_raw() == host)
     }
 
     /// The live processes.

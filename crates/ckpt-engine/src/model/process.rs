@@ -10,6 +10,7 @@ use ckpt_sys::inject::Padding;
 use procfs::process::{Stat, Status};
 use std::collections::HashMap;
 use std::io::ErrorKind;
+use std::path::Path;
 
 /// A thread.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct Task {
     pub tid: i32,
     /// Its id, as ckpt sees it.
     pub host: Pid,
+    /// Text of its /proc/pid/task/tid/status.
+    pub status: Vec<u8>,
     /// Its state when frozen.
     pub frozen: Option<Frozen>,
 }
@@ -58,8 +61,14 @@ pub struct Process {
     pub status: Status,
     /// Its threads, the leader first.
     pub threads: Vec<Task>,
+    /// Children of all its threads, as ckpt sees them.
+    pub children: Vec<i32>,
     /// Its mappings, sorted.
     pub vmas: Vec<Vma>,
+    /// The flags of its mappings are those that they had before it was frozen, where it had them.
+    pub assumed_flags: bool,
+    /// The text of its maps file, if `vmas` are what it says.
+    maps: Vec<u8>,
     /// Its descriptors, sorted by number.
     pub descriptors: Vec<Descriptor>,
     /// It is not dumpable and its descriptors can't be seen; only when frozen it is made dumpable.
@@ -68,12 +77,35 @@ pub struct Process {
     pub dumpable: Option<u32>,
 }
 
+/// Bytes of a file of /proc, most of which are short: in one read, without asking for a length that it doesn't have.
+///
+/// # Errors
+/// What reading gives.
+pub fn read_proc(path: impl AsRef<Path>) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut file = std::fs::File::open(path)?;
+    let mut bytes = vec![0; 4096];
+    let mut used = 0;
+    loop {
+        match file.read(&mut bytes[used..])? {
+            0 => break,
+            n => used += n,
+        }
+        if used == bytes.len() {
+            bytes.resize(2 * used, 0);
+        }
+    }
+    bytes.truncate(used);
+    Ok(bytes)
+}
+
 /// Children of all threads of a process, as ckpt sees them; none if it is gone.
 pub fn children(host: i32) -> Vec<i32> {
     let mut all = Vec::new();
     let Ok(dir) = std::fs::read_dir(format!("/proc/{host}/task")) else { return all };
     for t in dir.flatten() {
-        let text = std::fs::read_to_string(t.path().join("children")).unwrap_or_default();
+        let text = read_proc(t.path().join("children")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
         all.extend(text.split_whitespace().filter_map(|n| n.parse::<i32>().ok()));
     }
     all
@@ -84,12 +116,17 @@ fn last(v: Option<&Vec<i32>>) -> i32 {
 }
 
 impl Process {
-    /// Reads one process; `None` if it is gone. `inner` maps pids as ckpt sees them to those inside.
+    /// Reads one process; `None` if it is gone. `inner` maps pids as ckpt sees them to those inside. If it was seen `before`
+    /// the flags of its mappings may be assumed, see [`Process::assumed_flags`].
     ///
     /// # Errors
     /// What reading /proc gives.
-    pub fn observe(host: i32, inner: &HashMap<i32, i32>) -> Result<Option<Process>, DumpError> {
-        match Self::read(host, inner) {
+    pub fn observe(
+        host: i32,
+        inner: &HashMap<i32, i32>,
+        before: Option<&Process>,
+    ) -> Result<Option<Process>, DumpError> {
+        match Self::read(host, inner, before) {
             Ok(p) => Ok(Some(p)),
             Err(_) if !std::path::Path::new(&format!("/proc/{host}")).exists() => Ok(None),
             Err(e) if matches!(e.kind(), ErrorKind::NotFound) => Ok(None),
@@ -97,22 +134,42 @@ impl Process {
         }
     }
 
-    fn read(host: i32, inner: &HashMap<i32, i32>) -> std::io::Result<Process> {
+    fn read(host: i32, inner: &HashMap<i32, i32>, before: Option<&Process>) -> std::io::Result<Process> {
         let proc = procfs::process::Process::new(host).map_err(io)?;
         let stat = proc.stat().map_err(io)?;
         let status = proc.status().map_err(io)?;
         let pid = last(status.nspid.as_ref());
         let zombie = matches!(stat.state, 'Z' | 'X').then(|| stat.exit_code.unwrap_or(0));
-        let mut threads = Vec::new();
+        let (mut threads, mut children) = (Vec::new(), Vec::new());
         for t in std::fs::read_dir(format!("/proc/{host}/task"))?.flatten() {
             let Some(tid) = t.file_name().to_str().and_then(|s| s.parse::<i32>().ok()) else { continue };
-            let Ok(text) = std::fs::read_to_string(t.path().join("status")) else { continue };
+            let Ok(status) = read_proc(t.path().join("status")) else { continue };
+            let text = String::from_utf8_lossy(&status);
             let ns = text.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap_or_default();
             let Some(inside) = ns.split_whitespace().last().and_then(|s| s.parse().ok()) else { continue };
-            threads.push(Task { tid: inside, host: Pid::from_raw(tid), frozen: None });
+            let list = read_proc(t.path().join("children")).unwrap_or_default();
+            let list = String::from_utf8_lossy(&list).into_owned();
+            children.extend(list.split_whitespace().filter_map(|n| n.parse::<i32>().ok()));
+            threads.push(Task { tid: inside, host: Pid::from_raw(tid), status, frozen: None });
         }
         threads.sort_by_key(|t| (t.host.as_raw() != host, t.tid));
-        let vmas = if zombie.is_some() { Vec::new() } else { memory::read_smaps(host)? };
+        // What is locked in memory, or absent from a fork, only the process itself shows.
+        let before = before.filter(|b| {
+            b.stat.starttime == stat.starttime
+                && status.vmlck == Some(0)
+                && !b.vmas.iter().any(|v| v.has("dc"))
+        });
+        let (vmas, maps) = match before {
+            _ if zombie.is_some() => (Vec::new(), Vec::new()),
+            Some(b) => Self::mappings_since(host, b)?,
+            None => {
+                let (maps, vmas) = (read_proc(format!("/proc/{host}/maps"))?, memory::read_smaps(host)?);
+                let lines = memory::parse_maps(&maps)?;
+                let same =
+                    lines.len() == vmas.len() && lines.iter().zip(&vmas).all(|(a, b)| a.has_line_of(b));
+                (vmas, if same { maps } else { Vec::new() })
+            }
+        };
         Ok(Process {
             pid,
             host: Pid::from_raw(host),
@@ -125,11 +182,32 @@ impl Process {
             stat,
             status,
             threads,
+            children,
             vmas,
+            assumed_flags: before.is_some() && zombie.is_none(),
+            maps,
             descriptors: Vec::new(),
             closed: false,
             dumpable: None,
         })
+    }
+
+    /// Its mappings from the maps file alone, which is cheap: smaps walks through all memory.
+    fn mappings_since(host: i32, before: &Process) -> std::io::Result<(Vec<Vma>, Vec<u8>)> {
+        let maps = read_proc(format!("/proc/{host}/maps"))?;
+        if maps == before.maps {
+            return Ok((before.vmas.clone(), maps));
+        }
+        let mut vmas = memory::parse_maps(&maps)?;
+        for v in &mut vmas {
+            let old = before.vmas.binary_search_by_key(&v.start, |o| o.start).map(|i| &before.vmas[i]);
+            if let Ok(old) = old
+                && old.has_line_of(v)
+            {
+                *v = old.clone();
+            }
+        }
+        Ok((vmas, maps))
     }
 
     /// Whether its files in /proc are closed to us because it is not dumpable: they belong to the host's root then.

@@ -4,9 +4,11 @@
 use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
+use crate::model::Job;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::Query;
 use ckpt_sys::libc;
 
 /// Version of [`AttributeRecord`].
@@ -27,6 +29,18 @@ pub struct AttributeRecord {
     pub oom_score_adj: i32,
 }
 
+fn ask(option: i32) -> Query {
+    Query::number(libc::SYS_prctl, [option as u64, 0, 0, 0, 0, 0])
+}
+
+fn ask_subreaper() -> Query {
+    Query::filling(libc::SYS_prctl, [libc::PR_GET_CHILD_SUBREAPER as u64, 0, 0, 0, 0, 0], 1, 4)
+}
+
+fn ask_personality() -> Query {
+    Query::number(libc::SYS_personality, [0xffff_ffff, 0, 0, 0, 0, 0])
+}
+
 /// The kind.
 #[derive(Debug)]
 pub struct AttributeResource;
@@ -42,24 +56,31 @@ impl Resource for AttributeResource {
         &[Kind::Thread]
     }
 
+    fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
+        match at {
+            At::Process(_) => vec![
+                ask(libc::PR_GET_DUMPABLE),
+                ask(libc::PR_GET_THP_DISABLE),
+                ask_subreaper(),
+                ask_personality(),
+            ],
+            _ => Vec::new(),
+        }
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
         let read = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", p.host));
         let oom = read("oom_score_adj").map_err(DumpError::process(p.pid, "reading oom_score_adj"))?;
         let live = cx.live();
-        let prctl = |live: &mut ckpt_sys::inject::Live, option: i32| {
-            live.call("prctl", libc::SYS_prctl, [option as u64, 0, 0, 0, 0, 0])
-        };
         let dumpable = match p.dumpable {
             // It is dumpable only for now.
             Some(before) => before,
-            None => prctl(live, libc::PR_GET_DUMPABLE)? as u32,
+            None => live.number("prctl", &ask(libc::PR_GET_DUMPABLE))? as u32,
         };
-        let thp_disabled = prctl(live, libc::PR_GET_THP_DISABLE)? != 0;
-        let option = libc::PR_GET_CHILD_SUBREAPER as u64;
-        let (_, reaper) = live.query::<4>(libc::SYS_prctl, |at| [option, at, 0, 0, 0, 0])?;
-        let personality =
-            live.call("personality", libc::SYS_personality, [0xffff_ffff, 0, 0, 0, 0, 0])? as u32;
+        let thp_disabled = live.number("prctl", &ask(libc::PR_GET_THP_DISABLE))? != 0;
+        let (_, reaper) = live.query::<4>(&ask_subreaper())?;
+        let personality = live.number("personality", &ask_personality())? as u32;
         let subreaper = i32::from_le_bytes(reaper) != 0;
         if subreaper {
             cx.out.subreapers.insert(p.pid);

@@ -7,11 +7,12 @@
 use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
+use crate::model::Job;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::Query;
 use ckpt_sys::libc;
-use procfs::process::Status;
 
 /// Version of [`CredentialRecord`].
 pub const VERSION: u16 = 1;
@@ -33,6 +34,32 @@ pub struct CredentialRecord {
     pub no_new_privs: bool,
     /// PR_SET_PDEATHSIG, which a change of ids resets.
     pub parent_death_signal: i32,
+}
+
+/// The credentials in a status file (proc_pid_status(5)).
+fn parse(status: &[u8], securebits: u32, parent_death_signal: i32) -> Option<CredentialRecord> {
+    let text = String::from_utf8_lossy(status);
+    let value = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'));
+    let ids =
+        |key: &str| -> Option<Vec<u32>> { value(key)?.split_whitespace().map(|n| n.parse().ok()).collect() };
+    let set = |key: &str| u64::from_str_radix(value(key)?.trim(), 16).ok();
+    Some(CredentialRecord {
+        uid: ids("Uid")?.try_into().ok()?,
+        gid: ids("Gid")?.try_into().ok()?,
+        groups: ids("Groups")?.into_iter().map(|g| g as _).collect(),
+        capabilities: [set("CapInh")?, set("CapPrm")?, set("CapEff")?, set("CapBnd")?, set("CapAmb")?],
+        securebits,
+        no_new_privs: value("NoNewPrivs")?.trim() != "0",
+        parent_death_signal,
+    })
+}
+
+fn ask_securebits() -> Query {
+    Query::number(libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])
+}
+
+fn ask_parent_death_signal() -> Query {
+    Query::filling(libc::SYS_prctl, [PR_GET_PDEATHSIG, 0, 0, 0, 0, 0], 1, 4)
 }
 
 /// The kind.
@@ -66,27 +93,22 @@ impl Resource for CredentialResource {
         ]
     }
 
+    fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
+        match at {
+            At::Thread(..) => vec![ask_securebits(), ask_parent_death_signal()],
+            _ => Vec::new(),
+        }
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Thread(p, t) = at else { return Ok(()) };
-        let status = procfs::process::Process::new(p.host.as_raw())
-            .and_then(|q| q.task_from_tid(t.host.as_raw()))
-            .and_then(|t| t.status())
-            .map_err(|e| std::io::Error::other(e.to_string()))
-            .map_err(DumpError::process(p.pid, format!("credentials of thread {}", t.tid)))?;
-        let securebits =
-            cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_SECUREBITS as u64, 0, 0, 0, 0, 0])?;
-        let (_, signal) = cx.live().query::<4>(libc::SYS_prctl, |at| [PR_GET_PDEATHSIG, at, 0, 0, 0, 0])?;
-        let s: Status = status;
-        let groups = s.groups.clone();
-        let record = CredentialRecord {
-            uid: [s.ruid, s.euid, s.suid, s.fuid],
-            gid: [s.rgid, s.egid, s.sgid, s.fgid],
-            groups,
-            capabilities: [s.capinh, s.capprm, s.capeff, s.capbnd.unwrap_or(0), s.capamb.unwrap_or(0)],
-            securebits: securebits as u32,
-            no_new_privs: s.nonewprivs.unwrap_or(0) != 0,
-            parent_death_signal: i32::from_le_bytes(signal),
-        };
+        let securebits = cx.live().number("prctl", &ask_securebits())?;
+        let (_, signal) = cx.live().query::<4>(&ask_parent_death_signal())?;
+        let parsed = parse(&t.status, securebits as u32, i32::from_le_bytes(signal));
+        let record = parsed.ok_or_else(|| {
+            let source = std::io::Error::from(std::io::ErrorKind::InvalidData);
+            DumpError::process(p.pid, format!("credentials of thread {}", t.tid))(source)
+        })?;
         cx.put(Kind::Credential, VERSION, t.tid as u64, p.pid as u64, &record)
     }
 

@@ -35,7 +35,7 @@ fn link(p: &Process, name: &str) -> std::io::Result<Vec<u8>> {
 }
 
 impl Resource for FsContextResource {
-    nothing_to_do! { claims, content, create, connect, arm }
+    nothing_to_do! { claims, asks, content, create, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::FsContext

@@ -54,7 +54,7 @@ fn time_offsets(host: i32) -> (i64, i64) {
 }
 
 impl Resource for JobResource {
-    nothing_to_do! { after, claims, content, create, connect, finish, arm }
+    nothing_to_do! { after, claims, asks, content, create, connect, finish, arm }
 
     fn kind(&self) -> Kind {
         Kind::Job

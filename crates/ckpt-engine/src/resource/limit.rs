@@ -73,7 +73,7 @@ fn parse(text: &str) -> Option<[(u64, u64); COUNT]> {
 }
 
 impl Resource for LimitResource {
-    nothing_to_do! { claims, probe, content, create, connect, arm }
+    nothing_to_do! { claims, asks, probe, content, create, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::Limit

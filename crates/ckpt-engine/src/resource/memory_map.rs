@@ -4,7 +4,7 @@
 //! Stored are pages that exist only in this process: anonymous memory, and private copies of file pages. What is shared
 //! belongs to [`super::shared_object`], what is unchanged in a file stays there.
 
-use super::{At, Collect, Content, Resource, decode, nothing_to_do};
+use super::{At, Collect, Collected, Content, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
@@ -14,10 +14,11 @@ use crate::model::process::Process;
 use crate::restore::build_tree::{Build, open_call};
 use crate::restore::fill_memory::is_private_anonymous;
 use crate::restore::plan::VDSO_ROOM;
-use crate::snapshot::{From, Pages, Range, Source};
+use crate::snapshot::{From, Pages, Range, Snapshot, Source};
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::area::AREA_BYTES;
+use ckpt_sys::inject::Query;
 use ckpt_sys::{Errno, Pid, libc};
 
 /// Version of [`MemoryMapRecord`].
@@ -161,6 +162,11 @@ const ADVICE: &[(&str, i32)] = &[
     ("mg", libc::MADV_MERGEABLE),
 ];
 
+/// The end of the heap: with an address that is not possible, brk(2) only tells it.
+fn ask_brk() -> Query {
+    Query::number(libc::SYS_brk, [0; 6])
+}
+
 /// Advice on whether pages are to be huge.
 fn is_page_size(advice: i32) -> bool {
     matches!(advice, libc::MADV_HUGEPAGE | libc::MADV_NOHUGEPAGE)
@@ -170,12 +176,48 @@ fn is_page_size(advice: i32) -> bool {
 #[derive(Debug)]
 pub struct MemoryMapResource;
 
-fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
+/// A mapping in words.
+fn named(v: &Vma) -> String {
     let at = format!("mapping {:#x}-{:#x}", v.start, v.end);
-    let named = if v.name.is_empty() { at.clone() } else { format!("{at} ({})", v.name) };
+    if v.name.is_empty() { at } else { format!("{at} ({})", v.name) }
+}
+
+fn refuse_flags(pid: i32, v: &Vma, named: &str, refusals: &mut Refusals) {
+    if v.has("io") || v.has("pf") {
+        refusals.process(
+            pid,
+            format!("{named} is memory of a device"),
+            "device memory can't be checkpointed",
+        );
+    } else if v.has("ht") {
+        refusals.process(
+            pid,
+            format!("{named} is hugetlb memory"),
+            "not supported; use transparent huge pages",
+        );
+    } else if v.has("um") || v.has("uw") || v.has("ui") {
+        refusals.process(pid, format!("{named} is watched by userfaultfd"), "not supported");
+    } else if v.protection_key != 0 {
+        refusals.process(pid, format!("{named} has a protection key"), "not supported");
+    } else if v.has("gu") {
+        refusals.process(pid, format!("{named} has guard regions (MADV_GUARD_INSTALL)"), "not supported");
+    } else {
+        let known = |f: &[u8; 2]| {
+            let f = std::str::from_utf8(f).unwrap_or("??");
+            KNOWN_FLAGS.contains(&f) || ADVICE.iter().any(|(n, _)| *n == f)
+        };
+        if let Some(f) = v.flags.iter().find(|f| !known(f)) {
+            let flag = String::from_utf8_lossy(f).into_owned();
+            refusals.process(pid, format!("{named} has the unknown flag {flag}"), "not supported");
+        }
+    }
+}
+
+fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     if v.is_vdso_part() {
         return;
     }
+    let named = named(v);
     if v.name.starts_with("/dev/nvidia") || v.name.starts_with("/dev/dri/") || v.name.starts_with("/dev/kfd")
     {
         refusals.process(p.pid, format!("{named} is memory of a GPU"), "GPU users can't be checkpointed");
@@ -195,33 +237,8 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
         refusals.process(p.pid, format!("{named} is an AIO context"), "AIO is not supported");
     } else if v.name.starts_with("/SYSV") {
         refusals.process(p.pid, format!("{named} is System V shared memory"), "not supported");
-    } else if v.has("io") || v.has("pf") {
-        refusals.process(
-            p.pid,
-            format!("{named} is memory of a device"),
-            "device memory can't be checkpointed",
-        );
-    } else if v.has("ht") {
-        refusals.process(
-            p.pid,
-            format!("{named} is hugetlb memory"),
-            "not supported; use transparent huge pages",
-        );
-    } else if v.has("um") || v.has("uw") || v.has("ui") {
-        refusals.process(p.pid, format!("{named} is watched by userfaultfd"), "not supported");
-    } else if v.protection_key != 0 {
-        refusals.process(p.pid, format!("{named} has a protection key"), "not supported");
-    } else if v.has("gu") {
-        refusals.process(p.pid, format!("{named} has guard regions (MADV_GUARD_INSTALL)"), "not supported");
     } else {
-        let known = |f: &[u8; 2]| {
-            let f = std::str::from_utf8(f).unwrap_or("??");
-            KNOWN_FLAGS.contains(&f) || ADVICE.iter().any(|(n, _)| *n == f)
-        };
-        if let Some(f) = v.flags.iter().find(|f| !known(f)) {
-            let flag = String::from_utf8_lossy(f).into_owned();
-            refusals.process(p.pid, format!("{named} has the unknown flag {flag}"), "not supported");
-        }
+        refuse_flags(p.pid, v, &named, refusals);
     }
     if v.is_file() && !v.deleted && !super::shared_object::is_memory_object(v) {
         match std::fs::metadata(job.outside(&v.name)) {
@@ -233,6 +250,48 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
             ),
         }
     }
+}
+
+/// Whether flags that were assumed while the job was frozen are what they were: asked of the snapshot, or of what was read
+/// while it was frozen. False if the snapshot may not have what the job had; then the job has to be looked at again.
+///
+/// A userfaultfd, whose mark a copy of a process does not bear, is seen in the descriptor table.
+///
+/// # Errors
+/// [`DumpError::Refused`] by flags that were not there before; those of the snapshot.
+pub fn confirm(collected: &mut Collected, snapshot: &mut dyn Snapshot) -> Result<bool, DumpError> {
+    let mut refusals = Refusals::default();
+    for (pid, assumed) in &collected.assumed {
+        let vmas = match collected.mappings.remove(pid) {
+            Some(vmas) => vmas,
+            None => snapshot.mappings(*pid)?,
+        };
+        let found = vmas.iter().map(|v| (v.start, v.end, v.has("wf")));
+        if !found.eq(assumed.iter().copied()) {
+            return Ok(false);
+        }
+        for v in vmas.iter().filter(|v| !v.is_vdso_part()) {
+            refuse_flags(*pid, v, &named(v), &mut refusals);
+        }
+        collected.mappings.insert(*pid, vmas);
+    }
+    refusals.check().map(|()| true)
+}
+
+/// What the flags of a mapping tell.
+fn set_flags(r: &mut VmaRecord, v: &Vma, mergeable: bool) {
+    r.flags = if v.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    if v.grows_down() {
+        r.flags |= libc::MAP_GROWSDOWN;
+    }
+    if v.has("nr") {
+        r.flags |= libc::MAP_NORESERVE;
+    }
+    r.may_write = v.has("mw");
+    r.locked = v.has("lo").then(|| if v.has("lf") { libc::MLOCK_ONFAULT } else { 0 });
+    // What ckpt itself has made mergeable is not so by the application's will.
+    let ours = |a: i32| mergeable && a == libc::MADV_MERGEABLE;
+    r.advice = ADVICE.iter().filter(|(n, a)| v.has(n) && !ours(*a)).map(|(_, a)| *a).collect();
 }
 
 /// The pages of a private mapping, at the offsets of their addresses.
@@ -252,13 +311,6 @@ impl MemoryMapResource {
         let (mut files, mut vmas) = (Vec::<MappedFile>::new(), Vec::new());
         let (mut plain, mut over_file) = (Vec::new(), Vec::new());
         for v in &p.vmas {
-            let mut flags = if v.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-            if v.grows_down() {
-                flags |= libc::MAP_GROWSDOWN;
-            }
-            if v.has("nr") {
-                flags |= libc::MAP_NORESERVE;
-            }
             let backing = if v.is_vdso_part() {
                 Backing::Kernel { name: v.name.clone() }
             } else if let Some(object) = super::shared_object::of_mapping(cx.out, v) {
@@ -290,24 +342,25 @@ impl MemoryMapResource {
                 plain.push(range(v, Pages::Private));
                 Backing::Anonymous
             };
-            // What ckpt itself has made mergeable is not so by the application's will.
-            let ours = |a: i32| cx.job.info.mergeable && a == libc::MADV_MERGEABLE;
-            let advice = ADVICE.iter().filter(|(n, a)| v.has(n) && !ours(*a)).map(|(_, a)| *a).collect();
             let name = v.name.strip_prefix("[anon:").and_then(|n| n.strip_suffix(']')).unwrap_or("");
-            vmas.push(VmaRecord {
+            let mut record = VmaRecord {
                 start: v.start,
                 end: v.end,
                 prot: v.prot,
-                flags,
-                may_write: v.has("mw"),
+                flags: 0,
+                may_write: false,
                 has_pages: false,
-                locked: v.has("lo").then(|| if v.has("lf") { libc::MLOCK_ONFAULT } else { 0 }),
-                advice,
+                locked: None,
+                advice: Vec::new(),
                 backing,
                 name: name.as_bytes().to_vec(),
-            });
+            };
+            if !p.assumed_flags {
+                set_flags(&mut record, v, cx.job.info.mergeable);
+            }
+            vmas.push(record);
         }
-        let brk = cx.live().call("brk", libc::SYS_brk, [0; 6])?;
+        let brk = cx.live().number("brk", &ask_brk())?;
         let s = &p.stat;
         let n = |v: Option<u64>| v.unwrap_or(0);
         let fields = [
@@ -347,11 +400,20 @@ impl MemoryMapResource {
         use std::os::unix::ffi::OsStrExt;
         let exe = exe.as_os_str().as_bytes().to_vec();
         let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash, write_code };
+        if p.assumed_flags {
+            let assumed = p.vmas.iter().map(|v| (v.start, v.end, v.has("wf"))).collect();
+            cx.out.assumed.insert(p.pid, assumed);
+        }
         // Which mappings have pages is known when those have been written.
+        let (pid, mergeable) = (p.pid, cx.job.info.mergeable);
         cx.defer_with(Kind::MemoryMap, VERSION, p.pid as u64, 0, move |stored| {
             let mut record = record.clone();
             for v in &mut record.vmas {
                 v.has_pages = stored.in_range(object, v.start);
+            }
+            // The same mappings in the same order, as `confirm` has found.
+            for (r, v) in record.vmas.iter_mut().zip(stored.mappings.get(&pid).into_iter().flatten()) {
+                set_flags(r, v, mergeable);
             }
             record
         });
@@ -481,6 +543,10 @@ impl Resource for MemoryMapResource {
                 refusals.process(p.pid, what, "put it back, or restart the program from the new one");
             }
         }
+    }
+
+    fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
+        if matches!(at, At::Process(_)) { vec![ask_brk()] } else { Vec::new() }
     }
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {

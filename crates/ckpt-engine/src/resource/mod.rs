@@ -30,12 +30,13 @@ use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::OpenFile;
+use crate::model::memory::Vma;
 use crate::model::process::{Process, Task};
 use crate::restore::build_tree::Build;
 use crate::snapshot::{From, Piece, Snapshot, Source};
 use ckpt_image::codec::{self, Decode, Encode};
 use ckpt_image::{Record, Writer, ZeroPages};
-use ckpt_sys::inject::Live;
+use ckpt_sys::inject::{Live, Query};
 
 /// What a step is about.
 #[derive(Debug, Clone, Copy)]
@@ -72,6 +73,10 @@ pub struct Collected {
     pub sources: Vec<Source>,
     /// Records to be encoded and written by *content*, when the job runs again.
     pub deferred: Vec<Deferred>,
+    /// Mappings by pid, where the flags in the job are assumed: bounds, and whether MADV_WIPEONFORK is.
+    pub assumed: std::collections::BTreeMap<i32, Vec<(u64, u64, bool)>>,
+    /// Mappings by pid with flags that are not assumed.
+    pub mappings: std::collections::BTreeMap<i32, Vec<Vma>>,
     /// Shared objects by device and inode.
     pub objects: std::collections::BTreeMap<(u64, u64), u64>,
     /// Content of files that the job is writing.
@@ -92,21 +97,26 @@ pub struct Deferred {
     encode: Encoding,
 }
 
-/// Where pages were stored: known only when *content* has written them.
+/// What is known only after the job has been resumed: the mappings whose flags were assumed, and where pages were stored,
+/// when *content* has written them.
 #[derive(Debug, Default)]
-pub struct Stored(std::collections::BTreeSet<(u64, u64)>);
+pub struct Stored {
+    /// By pid.
+    pub mappings: std::collections::BTreeMap<i32, Vec<Vma>>,
+    ranges: std::collections::BTreeSet<(u64, u64)>,
+}
 
 impl Stored {
     /// Whether the image holds a page of this object from the source's range that begins at `offset`.
     pub fn in_range(&self, object: u64, offset: u64) -> bool {
-        self.0.contains(&(object, offset))
+        self.ranges.contains(&(object, offset))
     }
 
     fn add(&mut self, source: &Source, offset: u64) {
         if let From::Process { ranges, .. } = &source.from {
             let after = ranges.partition_point(|r| r.offset <= offset);
             if let Some(r) = after.checked_sub(1).and_then(|i| ranges.get(i)) {
-                self.0.insert((source.object, r.offset));
+                self.ranges.insert((source.object, r.offset));
             }
         }
     }
@@ -267,6 +277,9 @@ pub trait Resource: Sync {
     fn claims(&self, job: &Job, file: &OpenFile) -> bool;
     /// Finds what can't be saved.
     fn probe(&self, job: &Job, refusals: &mut Refusals);
+    /// The calls that [`Resource::collect`] will ask a process or thread for. They are made all at once; what is
+    /// left out here is asked when it is needed, which costs the job time.
+    fn asks(&self, job: &Job, at: At<'_>) -> Vec<Query>;
     /// Saves state of the frozen job.
     ///
     /// # Errors
@@ -310,6 +323,11 @@ macro_rules! nothing_to_do {
     (@ after) => { fn after(&self) -> &'static [$crate::kind::Kind] { &[] } };
     (@ claims) => {
         fn claims(&self, _: &$crate::model::Job, _: &$crate::model::file::OpenFile) -> bool { false }
+    };
+    (@ asks) => {
+        fn asks(&self, _: &$crate::model::Job, _: $crate::resource::At<'_>) -> Vec<ckpt_sys::inject::Query> {
+            Vec::new()
+        }
     };
     (@ probe) => { fn probe(&self, _: &$crate::model::Job, _: &mut $crate::error::Refusals) {} };
     (@ content) => {

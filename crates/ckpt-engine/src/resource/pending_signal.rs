@@ -25,7 +25,7 @@ pub struct PendingSignalRecord {
 pub struct PendingSignalResource;
 
 impl Resource for PendingSignalResource {
-    nothing_to_do! { claims, probe, content, create, connect, finish }
+    nothing_to_do! { claims, asks, probe, content, create, connect, finish }
 
     fn kind(&self) -> Kind {
         Kind::PendingSignal

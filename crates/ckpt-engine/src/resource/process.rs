@@ -10,6 +10,7 @@ use crate::model::process::Process;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::Query;
 use ckpt_sys::{Pid, libc};
 
 /// Version of [`ProcessRecord`].
@@ -58,6 +59,18 @@ impl ProcessRecord {
     }
 }
 
+/// Whether a child has stopped and its parent not been told, asked in the parent without taking the answer away.
+fn ask_untold(child: i32) -> Query {
+    let options = (libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT) as u64;
+    Query::filling(libc::SYS_waitid, [u64::from(libc::P_PID), child as u64, 0, options, 0, 0], 2, 128)
+}
+
+/// Children of a process that job control has stopped.
+fn stopped_children(job: &Job, p: &Process) -> Vec<i32> {
+    let none = p.zombie.is_some();
+    job.live().filter(|c| !none && c.ppid == p.pid && c.stopped).map(|c| c.pid).collect()
+}
+
 /// The kind.
 #[derive(Debug)]
 pub struct ProcessResource;
@@ -75,6 +88,9 @@ impl Resource for ProcessResource {
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
         let nesting = nesting(job);
+        let namespace = |pid: Pid, ns: &str| std::fs::read_link(format!("/proc/{pid}/ns/{ns}")).ok();
+        let namespaces = ["user", "mnt", "ipc", "uts", "net", "cgroup", "time"]
+            .map(|ns| (ns, namespace(Pid::from_raw(job.info.init), ns)));
         for p in &job.processes {
             let s = &p.status;
             if p.zombie.is_some() && p.threads.len() > 1 {
@@ -94,11 +110,10 @@ impl Resource for ProcessResource {
                     "nested containers are not supported",
                 );
             }
-            for ns in ["user", "mnt", "ipc", "uts", "net", "cgroup", "time"] {
-                let of = |pid: Pid| std::fs::read_link(format!("/proc/{pid}/ns/{ns}")).ok();
+            for (ns, of_init) in &namespaces {
                 // The links of a process that is just ending are gone.
-                let own = of(p.host);
-                if p.zombie.is_none() && own.is_some() && own != of(Pid::from_raw(job.info.init)) {
+                let own = namespace(p.host, ns);
+                if p.zombie.is_none() && own.is_some() && own != *of_init {
                     let what = format!("it is in a {ns} namespace of its own");
                     refusals.process(p.pid, what, "nested containers are not supported");
                 }
@@ -106,17 +121,18 @@ impl Resource for ProcessResource {
         }
     }
 
+    fn asks(&self, job: &Job, at: At<'_>) -> Vec<Query> {
+        match at {
+            At::Process(p) => stopped_children(job, p).into_iter().map(ask_untold).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
-        let children: Vec<i32> =
-            cx.job.live().filter(|c| c.ppid == p.pid && c.stopped).map(|c| c.pid).collect();
         let mut untold_stops = Vec::new();
-        for child in children.into_iter().filter(|_| p.zombie.is_none()) {
-            // Asked in the parent, without taking the answer away.
-            let options = (libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT) as u64;
-            let who = u64::from(libc::P_PID);
-            let (n, info) =
-                cx.live().query::<128>(libc::SYS_waitid, |at| [who, child as u64, at, options, 0, 0])?;
+        for child in stopped_children(cx.job, p) {
+            let (n, info) = cx.live().query::<128>(&ask_untold(child))?;
             // si_signo is SIGCHLD if there is something to tell.
             if n == 0 && info[0] != 0 {
                 untold_stops.push(child);
@@ -174,7 +190,11 @@ impl Resource for ProcessResource {
 /// Whether a process runs under seccomp. Filters that ckpt itself runs under are the host's doing, and will be there at
 /// the restore.
 pub fn is_filtered(p: &Process) -> bool {
-    p.status.seccomp.unwrap_or(0) == 1 || seccomp_filters(p.host) > seccomp_filters(Pid::this())
+    match p.status.seccomp.unwrap_or(0) {
+        0 => false,
+        1 => true,
+        _ => seccomp_filters(p.host) > seccomp_filters(Pid::this()),
+    }
 }
 
 /// Number of seccomp filters a process runs under.

@@ -28,7 +28,7 @@ pub struct RseqRecord {
 pub struct RseqResource;
 
 impl Resource for RseqResource {
-    nothing_to_do! { claims, probe, content, create, connect, finish }
+    nothing_to_do! { claims, asks, probe, content, create, connect, finish }
 
     fn kind(&self) -> Kind {
         Kind::Rseq

@@ -196,7 +196,7 @@ pub fn copy_content(from: &File, to: &File, bytes: u64) -> io::Result<()> {
 
 impl Resource for SavedFileResource {
     // What is put back is decided by the plan, and done after everything else.
-    nothing_to_do! { after, claims, probe, create, connect, finish, arm }
+    nothing_to_do! { asks, after, claims, probe, create, connect, finish, arm }
 
     fn kind(&self) -> Kind {
         Kind::SavedFile

@@ -4,9 +4,11 @@
 use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
+use crate::model::Job;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::Query;
 use ckpt_sys::task::SchedAttr;
 use ckpt_sys::{Errno, Pid, libc};
 
@@ -34,6 +36,10 @@ pub struct SchedulerRecord {
     pub timer_slack_ns: u64,
 }
 
+fn ask_timer_slack() -> Query {
+    Query::number(libc::SYS_prctl, [libc::PR_GET_TIMERSLACK as u64, 0, 0, 0, 0, 0])
+}
+
 /// The kind.
 #[derive(Debug)]
 pub struct SchedulerResource;
@@ -49,6 +55,10 @@ impl Resource for SchedulerResource {
         &[Kind::Thread]
     }
 
+    fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
+        if matches!(at, At::Thread(..)) { vec![ask_timer_slack()] } else { Vec::new() }
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Thread(p, t) = at else { return Ok(()) };
         let err = |what: &str| DumpError::errno(p.pid, format!("thread {}: {what}", t.tid));
@@ -57,8 +67,7 @@ impl Resource for SchedulerResource {
         // What init may use is what nobody in the job has restricted: on another host that may be other CPUs.
         let init = Pid::from_raw(cx.job.info.init);
         let whole = ckpt_sys::task::affinity(init).map_err(err("sched_getaffinity of init"))?;
-        let slack =
-            cx.live().call("prctl", libc::SYS_prctl, [libc::PR_GET_TIMERSLACK as u64, 0, 0, 0, 0, 0])?;
+        let slack = cx.live().number("prctl", &ask_timer_slack())?;
         let record = SchedulerRecord {
             policy: a.policy,
             flags: a.flags,

@@ -159,7 +159,7 @@ fn cover(mappings: &[(Pid, i32, &Vma)]) -> Vec<(Pid, i32, Vec<Range>)> {
 }
 
 impl Resource for SharedObjectResource {
-    nothing_to_do! { claims, connect, arm }
+    nothing_to_do! { claims, asks, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::SharedObject

@@ -67,7 +67,7 @@ fn is_private(job: &Job) -> bool {
 }
 
 impl Resource for ShmFileResource {
-    nothing_to_do! { claims, connect, finish, arm }
+    nothing_to_do! { claims, asks, connect, finish, arm }
 
     fn kind(&self) -> Kind {
         Kind::ShmFile

@@ -4,9 +4,11 @@
 use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
+use crate::model::Job;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::Query;
 use ckpt_sys::libc;
 
 /// Version of [`SignalRecord`].
@@ -34,6 +36,15 @@ pub struct SignalRecord {
     pub actions: Vec<Action>,
 }
 
+fn ask(signal: u32) -> Query {
+    Query::filling(libc::SYS_rt_sigaction, [u64::from(signal), 0, 0, 8, 0, 0], 2, 32)
+}
+
+/// All signals with an action: SA_NOCLDWAIT, for one, has its effect with the default action too.
+fn signals() -> impl Iterator<Item = u32> {
+    (1..=64).filter(|n| ![libc::SIGKILL as u32, libc::SIGSTOP as u32].contains(n))
+}
+
 /// The kind.
 #[derive(Debug)]
 pub struct SignalResource;
@@ -49,13 +60,15 @@ impl Resource for SignalResource {
         &[Kind::Thread]
     }
 
+    fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
+        if matches!(at, At::Process(_)) { signals().map(ask).collect() } else { Vec::new() }
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
         let mut actions = Vec::new();
-        // All of them: SA_NOCLDWAIT, for one, has its effect with the default action too.
-        for signal in (1..=64u32).filter(|n| ![libc::SIGKILL as u32, libc::SIGSTOP as u32].contains(n)) {
-            let (n, b) =
-                cx.live().query::<32>(libc::SYS_rt_sigaction, |at| [u64::from(signal), 0, at, 8, 0, 0])?;
+        for signal in signals() {
+            let (n, b) = cx.live().query::<32>(&ask(signal))?;
             if n < 0 {
                 let source = std::io::Error::from_raw_os_error(-n as i32);
                 return Err(DumpError::Process {

@@ -12,6 +12,7 @@ use crate::model::Job;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::{Query, RESULT_BYTES};
 use ckpt_sys::task::{Shared, kcmp};
 use ckpt_sys::{Pid, libc};
 
@@ -38,14 +39,14 @@ pub struct SysvSemaphoreRecord {
 pub struct SysvSemaphoreResource;
 
 /// Most semaphores of a set whose values fit into a scratch page.
-const MOST: u64 = ckpt_sys::inject::SCRATCH_BYTES / 2;
+const MOST: u64 = RESULT_BYTES / 2;
 const SEM_STAT: u64 = 18;
 const SEM_INFO: u64 = 19;
 const GETALL: u64 = 13;
 const SETALL: u64 = 17;
 
 impl Resource for SysvSemaphoreResource {
-    nothing_to_do! { claims, content, connect, finish, arm }
+    nothing_to_do! { claims, asks, content, connect, finish, arm }
 
     fn kind(&self) -> Kind {
         Kind::SysvSemaphore
@@ -79,10 +80,11 @@ impl Resource for SysvSemaphoreResource {
         if cx.job.info.semaphore_sets == 0 || cx.job.live().next().is_none_or(|first| first.pid != p.pid) {
             return Ok(());
         }
-        let (last, _) = cx.live().query::<64>(libc::SYS_semctl, |at| [0, 0, SEM_INFO, at, 0, 0])?;
+        let (last, _) =
+            cx.live().query::<64>(&Query::filling(libc::SYS_semctl, [0, 0, SEM_INFO, 0, 0, 0], 3, 64))?;
         for index in 0..=last.max(0) {
-            let (id, ds) =
-                cx.live().query::<104>(libc::SYS_semctl, |at| [index as u64, 0, SEM_STAT, at, 0, 0])?;
+            let stat = Query::filling(libc::SYS_semctl, [index as u64, 0, SEM_STAT, 0, 0, 0], 3, 104);
+            let (id, ds) = cx.live().query::<104>(&stat)?;
             if id == -i64::from(libc::EINVAL) {
                 continue;
             }
@@ -101,8 +103,8 @@ impl Resource for SysvSemaphoreResource {
                     -i64::from(libc::E2BIG),
                 ));
             }
-            let (n, bytes) =
-                cx.live().query::<4096>(libc::SYS_semctl, |at| [id as u64, 0, GETALL, at, 0, 0])?;
+            let all = Query::filling(libc::SYS_semctl, [id as u64, 0, GETALL, 0, 0, 0], 3, RESULT_BYTES);
+            let (n, bytes) = cx.live().query::<{ RESULT_BYTES as usize }>(&all)?;
             if n < 0 {
                 return Err(err(format!("values of System V semaphore set {id}"), n));
             }

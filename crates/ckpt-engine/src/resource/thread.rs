@@ -8,6 +8,7 @@ use crate::model::Job;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::Query;
 use ckpt_sys::{Pid, arch, libc, ptrace};
 
 /// Version of [`ThreadRecord`].
@@ -32,6 +33,18 @@ pub struct ThreadRecord {
     pub robust_list: (u64, u64),
     /// Name, up to 15 bytes.
     pub name: Vec<u8>,
+}
+
+fn ask_alternate_stack() -> Query {
+    Query::filling(libc::SYS_sigaltstack, [0; 6], 1, 24)
+}
+
+fn ask_name() -> Query {
+    Query::filling(libc::SYS_prctl, [libc::PR_GET_NAME as u64, 0, 0, 0, 0, 0], 1, 16)
+}
+
+fn ask_tid_address() -> Query {
+    Query::filling(libc::SYS_prctl, [PR_GET_TID_ADDRESS, 0, 0, 0, 0, 0], 1, 8)
 }
 
 /// The kind.
@@ -62,6 +75,13 @@ impl Resource for ThreadResource {
         }
     }
 
+    fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
+        match at {
+            At::Thread(..) => vec![ask_alternate_stack(), ask_tid_address(), ask_name()],
+            _ => Vec::new(),
+        }
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Thread(p, t) = at else { return Ok(()) };
         let Some(frozen) = t.frozen.clone() else { return Ok(()) };
@@ -70,9 +90,10 @@ impl Resource for ThreadResource {
         let robust_list = ckpt_sys::task::robust_list(t.host).map_err(err("get_robust_list"))?;
         let live = cx.live();
         let word = |b: &[u8], i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap_or_default());
-        let (_, stack) = live.query::<24>(libc::SYS_sigaltstack, |at| [0, at, 0, 0, 0, 0])?;
-        let (_, tid) = live.query::<8>(libc::SYS_prctl, |at| [PR_GET_TID_ADDRESS, at, 0, 0, 0, 0])?;
-        let name = std::fs::read(format!("/proc/{}/task/{}/comm", p.host, t.host)).unwrap_or_default();
+        let (_, stack) = live.query::<24>(&ask_alternate_stack())?;
+        let (_, tid) = live.query::<8>(&ask_tid_address())?;
+        let (_, name) = live.query::<16>(&ask_name())?;
+        let name = name.split(|b| *b == 0).next().unwrap_or_default().to_vec();
         let record = ThreadRecord {
             registers: arch::registers_to_words(&frozen.registers),
             xstate,
@@ -81,7 +102,7 @@ impl Resource for ThreadResource {
             alternate_stack: (word(&stack, 0), word(&stack, 8) as i32 & !SS_ONSTACK, word(&stack, 16)),
             tid_address: word(&tid, 0),
             robust_list,
-            name: name.strip_suffix(b"\n").unwrap_or(&name).to_vec(),
+            name,
         };
         cx.put(Kind::Thread, VERSION, t.tid as u64, p.pid as u64, &record)
     }

@@ -6,10 +6,12 @@ use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::info_value;
+use crate::model::process::Process;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::area::MAX_CALLS;
+use ckpt_sys::inject::Query;
 use ckpt_sys::libc;
 
 /// Version of [`TimerRecord`].
@@ -41,6 +43,19 @@ pub struct TimerRecord {
     pub interval: [[u64; 4]; 3],
     /// By id.
     pub posix: Vec<PosixTimer>,
+}
+
+fn ask_interval(which: usize) -> Query {
+    Query::filling(libc::SYS_getitimer, [which as u64, 0, 0, 0, 0, 0], 1, 32)
+}
+
+fn ask_posix(t: &PosixTimer) -> Query {
+    Query::filling(libc::SYS_timer_gettime, [t.id as u64, 0, 0, 0, 0, 0], 1, 32)
+}
+
+/// The POSIX timers of a process, without the time they have left.
+fn list(p: &Process) -> std::io::Result<Option<Vec<PosixTimer>>> {
+    std::fs::read_to_string(format!("/proc/{}/timers", p.host)).map(|text| parse(&text))
 }
 
 /// The kind.
@@ -97,8 +112,7 @@ impl Resource for TimerResource {
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
         for p in job.live() {
-            let text = std::fs::read_to_string(format!("/proc/{}/timers", p.host)).unwrap_or_default();
-            match parse(&text) {
+            match list(p).unwrap_or_default() {
                 None => refusals.process(p.pid, "its POSIX timers can't be read", "not supported"),
                 Some(list) => {
                     let own = |c: i32| c >= 0 || c == PROCESS_CPU || c == THREAD_CPU && p.threads.len() == 1;
@@ -112,19 +126,23 @@ impl Resource for TimerResource {
         }
     }
 
+    fn asks(&self, _: &Job, at: At<'_>) -> Vec<Query> {
+        let At::Process(p) = at else { return Vec::new() };
+        let posix = list(p).ok().flatten().unwrap_or_default();
+        (0..3).map(ask_interval).chain(posix.iter().map(ask_posix)).collect()
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
         let mut interval = [[0; 4]; 3];
         for (which, value) in interval.iter_mut().enumerate() {
-            let (_, b) = cx.live().query::<32>(libc::SYS_getitimer, |at| [which as u64, at, 0, 0, 0, 0])?;
+            let (_, b) = cx.live().query::<32>(&ask_interval(which))?;
             *value = words(&b);
         }
-        let text = std::fs::read_to_string(format!("/proc/{}/timers", p.host));
-        let text = text.map_err(DumpError::process(p.pid, "reading its timers"))?;
-        let mut posix = parse(&text).unwrap_or_default();
+        let posix = list(p).map_err(DumpError::process(p.pid, "reading its timers"))?;
+        let mut posix = posix.unwrap_or_default();
         for t in &mut posix {
-            let id = t.id as u64;
-            let (_, b) = cx.live().query::<32>(libc::SYS_timer_gettime, |at| [id, at, 0, 0, 0, 0])?;
+            let (_, b) = cx.live().query::<32>(&ask_posix(t))?;
             t.spec = words(&b);
             t.tid = cx.job.inner_tid(t.tid).unwrap_or(p.pid);
         }

@@ -14,12 +14,14 @@ use crate::dump::collect;
 use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
 use crate::model::Job;
+use crate::model::memory::{Vma, read_smaps};
 use crate::model::process::Process;
 use crate::resource::Collected;
 use ckpt_sys::Errno;
 use ckpt_sys::frozen_copy::{CopyProcess, Fork, Forked};
 use ckpt_sys::inject::{InjectError, Live};
 use ckpt_sys::memory::Forced;
+use ckpt_sys::task::last_cpu;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -187,6 +189,7 @@ fn fork_all(
     let FrozenJob { job, opened, .. } = frozen;
     let job = &*job;
     let mut pending = Vec::new();
+    let mut beside = ckpt_sys::task::Beside::default();
     for p in job.live().filter(|p| !kept.contains_key(&p.pid)) {
         let obstacle = obstacles.get(&p.pid).cloned();
         let why = obstacle.or_else(|| seen_by(p, job, &collected.subreapers));
@@ -194,11 +197,14 @@ fn fork_all(
             reasons.processes.insert(p.pid, why);
             continue;
         }
-        let _beside = ckpt_sys::task::Beside::task(p.host);
+        beside.on(last_cpu(p.host, p.host));
         let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
         let mut live = match opened.has(p.pid) {
             true => None,
-            false => Some(collect::open(p, &p.threads[0], &memory, collect::padding_of(p)?)?),
+            false => {
+                let (padding, scratch) = (collect::padding_of(p)?, collect::scratch_of(p)?);
+                Some(collect::open(p, &p.threads[0], &memory, padding, scratch)?)
+            }
         };
         let Some(task) = live.as_mut().or_else(|| opened.get(p.pid).map(|o| &mut o.live)) else { continue };
         let started = match Fork::start(task, &memory) {
@@ -218,7 +224,7 @@ fn fork_all(
     let mut copies = BTreeMap::new();
     for Pending { pid, mut live, memory, fork } in pending {
         let Some(task) = live.as_mut().or_else(|| opened.get(pid).map(|o| &mut o.live)) else { continue };
-        let _beside = ckpt_sys::task::Beside::task(task.pid());
+        beside.on(last_cpu(task.pid(), task.pid()));
         match fork.finish(task, &memory)? {
             Forked::Copy(copy) => {
                 // Where memory runs out, it goes first.
@@ -363,6 +369,18 @@ struct Copies {
 }
 
 impl Copies {
+    /// Waits until all copies stand.
+    fn settle(&mut self) -> Result<(), DumpError> {
+        if !self.settled {
+            for (pid, copy) in &self.copies {
+                copy.wait_for_stop().map_err(|_| DumpError::CopyLost { pid: *pid })?;
+            }
+            self.guard.start();
+            self.settled = true;
+        }
+        Ok(())
+    }
+
     /// Why a copy is not what it was.
     fn check(&self) -> Result<(), DumpError> {
         match self.copies.iter().find(|(_, c)| !c.is_whole()) {
@@ -383,13 +401,7 @@ impl Copies {
 
 impl Snapshot for Copies {
     fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
-        if !self.settled {
-            for (pid, copy) in &self.copies {
-                copy.wait_for_stop().map_err(|_| DumpError::CopyLost { pid: *pid })?;
-            }
-            self.guard.start();
-            self.settled = true;
-        }
+        self.settle()?;
         for part in std::mem::take(&mut self.parts[index]) {
             match part {
                 // Memory is given back as it is written.
@@ -411,6 +423,19 @@ impl Snapshot for Copies {
             }
         }
         Ok(())
+    }
+
+    fn keeps_mappings(&self, pid: i32) -> bool {
+        self.copies.contains_key(&pid)
+    }
+
+    fn mappings(&mut self, pid: i32) -> Result<Vec<Vma>, DumpError> {
+        self.settle()?;
+        let copy = self.copies.get(&pid).ok_or(DumpError::CopyLost { pid })?;
+        let vmas = read_smaps(copy.pid().as_raw());
+        // One that was killed has none.
+        self.check()?;
+        vmas.map_err(DumpError::process(pid, "reading smaps of its frozen copy"))
     }
 
     fn finish(&mut self) -> Result<Account, DumpError> {

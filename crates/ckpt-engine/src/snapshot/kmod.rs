@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The `kmod` engine: `/dev/ckpt` keeps the private memory of every process in one walk of its page tables. What it doesn't
 //! take (shared memory, pages under I/O) is copied while the job is frozen; a process that it refuses is forked or
-//! copied as by [`super::cow`]. See docs/adr/0013-attach-by-injection.md.
+//! copied as by [`super::cow`]. See docs/adr/0018-attach-by-injection.md.
 //!
 //! A process attaches its own memory: open, ioctl and close are injected into its main thread, and the session is taken
 //! out in between. Whatever becomes of the dumper, the injected code closes the descriptor before the process goes on.
@@ -16,7 +16,7 @@ use crate::model::process::Process;
 use crate::resource::process::is_filtered;
 use ckpt_sys::device::{self, KIND_COPY, KIND_DATA, KIND_FOREIGN, KIND_ZERO, Run, Session};
 use ckpt_sys::memory::{Forced, PAGE};
-use ckpt_sys::task::{pidfd_getfd, pidfd_open};
+use ckpt_sys::task::{Beside, last_cpu, pidfd_getfd, pidfd_open};
 use ckpt_sys::{Errno, arch, libc};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -67,8 +67,9 @@ pub(super) fn keep_all(
 ) -> Result<BTreeMap<i32, Kept>, DumpError> {
     let FrozenJob { job, opened, .. } = frozen;
     let mut sessions = Vec::new();
+    let mut beside = Beside::default();
     for p in job.live() {
-        let attached = if opened.has(p.pid) { Err(NOT_DUMPABLE.into()) } else { attach(p)? };
+        let attached = if opened.has(p.pid) { Err(NOT_DUMPABLE.into()) } else { attach(p, &mut beside)? };
         match attached {
             Ok(session) => sessions.push((p.pid, session)),
             Err(why) => reasons.not_kept(p.pid, why),
@@ -114,7 +115,7 @@ fn refused(errno: Errno) -> String {
 }
 
 /// Has a frozen process attach its memory. The inner error says why it was not done.
-fn attach(p: &Process) -> Result<Result<Session, String>, DumpError> {
+fn attach(p: &Process, beside: &mut Beside) -> Result<Result<Session, String>, DumpError> {
     let leader = p.threads.first().and_then(|t| t.frozen.as_ref());
     if is_filtered(p) {
         return Ok(Err("it runs under a seccomp filter".into()));
@@ -125,9 +126,10 @@ fn attach(p: &Process) -> Result<Result<Session, String>, DumpError> {
     // The kernel gives the lowest number that is free; all who share the table stand still.
     let free = lowest_free(&p.descriptors.iter().map(|d| d.number).collect::<Vec<_>>());
     let close = (libc::SYS_close, [free as u64, 0, 0, 0, 0, 0]);
-    let _beside = ckpt_sys::task::Beside::task(p.host);
+    beside.on(last_cpu(p.host, p.host));
     let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
-    let mut live = collect::open_undone_by(p, &p.threads[0], &memory, collect::padding_of(p)?, close)?;
+    let (padding, scratch) = (collect::padding_of(p)?, collect::scratch_of(p)?);
+    let mut live = collect::open_undone_by(p, &p.threads[0], &memory, padding, scratch, close)?;
     let path = live.scratch()?;
     let mut text = device::PATH.as_bytes().to_vec();
     text.push(0);

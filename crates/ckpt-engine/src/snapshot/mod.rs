@@ -18,6 +18,7 @@ use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
 use crate::kind::Kind;
 use crate::model::Job;
+use crate::model::memory::Vma;
 use crate::resource::Collected;
 use ckpt_image::ZeroPages;
 use ckpt_sys::Pid;
@@ -142,6 +143,18 @@ pub trait Snapshot {
     /// # Errors
     /// Those of the sink, and of reading back.
     fn stream(&mut self, index: usize, source: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError>;
+    /// Whether [`Snapshot::mappings`] can tell those of this process.
+    fn keeps_mappings(&self, _pid: i32) -> bool {
+        false
+    }
+    /// The mappings of a process as they were when it was frozen, with their flags, from a copy of it. Flags of locked
+    /// memory don't survive in a copy.
+    ///
+    /// # Errors
+    /// If the copy was lost.
+    fn mappings(&mut self, pid: i32) -> Result<Vec<Vma>, DumpError> {
+        Err(DumpError::CopyLost { pid })
+    }
     /// Called after the last source: what it took. The snapshot is not needed any more.
     ///
     /// # Errors

@@ -184,61 +184,90 @@ global_asm!(
     ".popsection",
 );
 
-// The self-finishing block of a live task. Whatever instruction the tracer dies at, the task falls through here:
-// unmaps the scratch page, makes the one call it was given, puts flags, signal mask and registers back and goes on where
-// it was. It writes to no memory of the application; in particular it leaves the stack alone, which may be a few bytes
-// that someone else manages.
+// The self-finishing block of a live task. It is entered at `batch`, with rbx and r13 as in a blank task but entries of
+// eight words, or at `call` with the registers of one system call, whose result goes to rbp. Then it rings: it sends
+// itself the signal r12, which its actions ignore, by gettid(2) and tkill(2); that stops it if there is a tracer.
+// Whatever instruction the tracer dies at, the task falls through to the end: unmaps the scratch pages, makes the one call
+// it was given, puts flags, signal mask and registers back and goes on where it was. It writes to no memory of the
+// application; in particular it leaves the stack alone, which may be a few bytes that someone else manages.
 // Flags are restored while signals are still masked, as `popfq` needs rsp to point here for a moment.
 global_asm!(
     ".pushsection .rodata.ckpt_live, \"a\", @progbits",
     ".globl ckpt_live_start",
+    ".globl ckpt_live_call",
+    ".globl ckpt_live_rung",
     ".globl ckpt_live_data",
     ".globl ckpt_live_end",
     ".balign 8",
     "ckpt_live_start:",
+    "test r13, r13",
+    "jz 2f",
+    "mov rax, [rbx]",
+    "mov rdi, [rbx + 8]",
+    "mov rsi, [rbx + 16]",
+    "mov rdx, [rbx + 24]",
+    "mov r10, [rbx + 32]",
+    "mov r8, [rbx + 40]",
+    "mov r9, [rbx + 48]",
     "syscall",
+    "mov [rbx + 56], rax",
+    "add rbx, 64",
+    "dec r13",
+    "jmp ckpt_live_start",
+    "ckpt_live_call:",
+    "syscall",
+    "mov rbp, rax",
+    "2: mov eax, 186",
+    "syscall",
+    "mov edi, eax",
+    "mov esi, r12d",
+    "mov eax, 200",
+    "syscall",
+    "ckpt_live_rung:",
+    "lea rbx, [rip + ckpt_live_data + 120]",
     "mov eax, 14",
     "mov edi, 2",
-    "lea rsi, [rip + ckpt_live_data + 224]",
-    "mov edx, 0",
+    "lea rsi, [rbx + 104]",
+    "xor edx, edx",
     "mov r10d, 8",
     "syscall",
     "mov eax, 11",
-    "mov rdi, [rip + ckpt_live_data + 0]",
-    "mov rsi, [rip + ckpt_live_data + 8]",
+    "mov rdi, [rbx - 120]",
+    "mov rsi, [rbx - 112]",
     "syscall",
-    "mov rax, [rip + ckpt_live_data + 168]",
-    "mov rdi, [rip + ckpt_live_data + 176]",
-    "mov rsi, [rip + ckpt_live_data + 184]",
-    "mov rdx, [rip + ckpt_live_data + 192]",
-    "mov r10, [rip + ckpt_live_data + 200]",
-    "mov r8, [rip + ckpt_live_data + 208]",
-    "mov r9, [rip + ckpt_live_data + 216]",
+    "mov rax, [rbx + 48]",
+    "mov rdi, [rbx + 56]",
+    "mov rsi, [rbx + 64]",
+    "mov rdx, [rbx + 72]",
+    "mov r10, [rbx + 80]",
+    "mov r8, [rbx + 88]",
+    "mov r9, [rbx + 96]",
     "syscall",
-    "lea rsp, [rip + ckpt_live_data + 24]",
+    "lea rsp, [rbx - 96]",
     "popfq",
-    "mov rsp, [rip + ckpt_live_data + 32]",
+    "mov rsp, [rbx - 88]",
     "mov eax, 14",
     "mov edi, 2",
-    "lea rsi, [rip + ckpt_live_data + 16]",
+    "lea rsi, [rbx - 104]",
+    // No instruction from here on changes flags.
     "mov edx, 0",
     "mov r10d, 8",
     "syscall",
-    "mov r15, [rip + ckpt_live_data + 48]",
-    "mov r14, [rip + ckpt_live_data + 56]",
-    "mov r13, [rip + ckpt_live_data + 64]",
-    "mov r12, [rip + ckpt_live_data + 72]",
-    "mov rbp, [rip + ckpt_live_data + 80]",
-    "mov rbx, [rip + ckpt_live_data + 88]",
-    "mov r11, [rip + ckpt_live_data + 96]",
-    "mov r10, [rip + ckpt_live_data + 104]",
-    "mov r9, [rip + ckpt_live_data + 112]",
-    "mov r8, [rip + ckpt_live_data + 120]",
-    "mov rax, [rip + ckpt_live_data + 128]",
-    "mov rcx, [rip + ckpt_live_data + 136]",
-    "mov rdx, [rip + ckpt_live_data + 144]",
-    "mov rsi, [rip + ckpt_live_data + 152]",
-    "mov rdi, [rip + ckpt_live_data + 160]",
+    "mov r15, [rbx - 72]",
+    "mov r14, [rbx - 64]",
+    "mov r13, [rbx - 56]",
+    "mov r12, [rbx - 48]",
+    "mov rbp, [rbx - 40]",
+    "mov r11, [rbx - 24]",
+    "mov r10, [rbx - 16]",
+    "mov r9, [rbx - 8]",
+    "mov r8, [rbx]",
+    "mov rax, [rbx + 8]",
+    "mov rcx, [rbx + 16]",
+    "mov rdx, [rbx + 24]",
+    "mov rsi, [rbx + 32]",
+    "mov rdi, [rbx + 40]",
+    "mov rbx, [rbx - 32]",
     "jmp qword ptr [rip + ckpt_live_data + 40]",
     ".balign 8",
     "ckpt_live_data:",
@@ -342,6 +371,8 @@ unsafe extern "C" {
     static ckpt_blank_start: u8;
     static ckpt_blank_end: u8;
     static ckpt_live_start: u8;
+    static ckpt_live_call: u8;
+    static ckpt_live_rung: u8;
     static ckpt_live_data: u8;
     static ckpt_live_end: u8;
 }
@@ -366,8 +397,7 @@ pub fn fork_code(block: u64) -> Vec<u8> {
         (std::slice::from_raw_parts(start, end.offset_from(start) as usize), data.offset_from(start) as usize)
     };
     let mut code = code.to_vec();
-    // Behind the block's own `syscall`.
-    code[data..data + 8].copy_from_slice(&(block + SYSCALL_INSN_BYTES).to_le_bytes());
+    code[data..data + 8].copy_from_slice(&(block + live_offsets().1).to_le_bytes());
     code
 }
 
@@ -389,7 +419,47 @@ pub struct LiveFinish {
     pub registers: Registers,
 }
 
-/// The self-finishing block, ready to be written into the tracee. Its first instruction is a `syscall`.
+/// Offset in a live block of the `syscall` for a single call, and of what follows when the bell has been rung.
+pub fn live_offsets() -> (u64, u64) {
+    // SAFETY: the symbols lie in the one read-only section defined above, `start` first.
+    unsafe {
+        let start = &raw const ckpt_live_start;
+        let offset = |to: *const u8| to.offset_from(start) as u64;
+        (offset(&raw const ckpt_live_call), offset(&raw const ckpt_live_rung))
+    }
+}
+
+/// Registers that make a live task do one call in the block at `block`, and ring with the signal `bell` (0: not at all).
+pub fn live_call(base: &Registers, block: u64, bell: i32, nr: i64, args: [u64; 6]) -> Registers {
+    let mut r = with_syscall(base, block + live_offsets().0, nr, args);
+    r.r12 = bell as u64;
+    r
+}
+
+/// Bytes of a live block.
+pub fn live_block_bytes() -> u64 {
+    // SAFETY: both symbols bound the one read-only section defined above, start before end.
+    unsafe { (&raw const ckpt_live_end).offset_from(&raw const ckpt_live_start) as u64 }
+}
+
+/// The result of [`live_call`] when the bell has been rung.
+pub fn live_result(r: &Registers) -> i64 {
+    r.rbp as i64
+}
+
+/// Words of an entry of a live task's batch: number, six arguments, and the result.
+pub const LIVE_ENTRY_WORDS: usize = 8;
+
+/// Registers that make a live task do the `count` calls at `entries` in the block at `block`, and ring.
+pub fn live_batch(base: &Registers, block: u64, bell: i32, entries: u64, count: u64) -> Registers {
+    let mut r = *base;
+    r.rip = block;
+    r.orig_rax = u64::MAX;
+    [r.rbx, r.r13, r.r12] = [entries, count, bell as u64];
+    r
+}
+
+/// The self-finishing block, ready to be written into the tracee.
 pub fn live_block(f: &LiveFinish, quiet: bool) -> Vec<u8> {
     // SAFETY: the three symbols bound the one read-only section defined above, in this order.
     let (code, data) = unsafe {

@@ -34,7 +34,7 @@ const STATELESS: [u32; 5] = [3, 5, 7, 8, 9];
 pub struct CharDeviceResource;
 
 impl Resource for CharDeviceResource {
-    nothing_to_do! { probe, content, connect, arm }
+    nothing_to_do! { asks, probe, content, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::CharDevice

@@ -29,7 +29,7 @@ pub struct DirectoryRecord {
 pub struct DirectoryResource;
 
 impl Resource for DirectoryResource {
-    nothing_to_do! { content, connect, arm }
+    nothing_to_do! { asks, content, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::Directory

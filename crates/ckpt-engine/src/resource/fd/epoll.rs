@@ -9,7 +9,7 @@ use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::OpenFile;
-use crate::resource::{At, Collect, Content, Resource, decode};
+use crate::resource::{At, Collect, Content, Resource, decode, nothing_to_do};
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -141,6 +141,8 @@ fn add(cx: &mut Build<'_>, w: &Watch) -> Result<(), RestoreError> {
 }
 
 impl Resource for EpollResource {
+    nothing_to_do! { asks }
+
     fn kind(&self) -> Kind {
         Kind::Epoll
     }

@@ -31,7 +31,7 @@ pub struct EventfdRecord {
 pub struct EventfdResource;
 
 impl Resource for EventfdResource {
-    nothing_to_do! { content, connect, arm }
+    nothing_to_do! { asks, content, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::Eventfd

@@ -73,7 +73,7 @@ fn can_open(job: &Job, f: &OpenFile) -> bool {
 }
 
 impl Resource for ExternalResource {
-    nothing_to_do! { probe, content, connect, finish, arm }
+    nothing_to_do! { asks, probe, content, connect, finish, arm }
 
     fn kind(&self) -> Kind {
         Kind::External

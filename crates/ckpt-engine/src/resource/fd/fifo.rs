@@ -32,7 +32,7 @@ pub struct FifoRecord {
 pub struct FifoResource;
 
 impl Resource for FifoResource {
-    nothing_to_do! { content, connect, arm }
+    nothing_to_do! { asks, content, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::Fifo

@@ -65,7 +65,7 @@ fn locks(info: &str) -> impl Iterator<Item = (Option<Family>, bool, u64, Option<
 }
 
 impl Resource for FileLockResource {
-    nothing_to_do! { claims, content, create, connect, arm }
+    nothing_to_do! { claims, asks, content, create, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::FileLock

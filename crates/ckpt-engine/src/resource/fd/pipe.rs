@@ -99,7 +99,7 @@ pub fn fill(cx: &mut Build<'_>, pid: i32, fd: i32, content: &PipeContent) -> Res
 }
 
 impl Resource for PipeResource {
-    nothing_to_do! { probe, content, connect, arm }
+    nothing_to_do! { asks, probe, content, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::Pipe

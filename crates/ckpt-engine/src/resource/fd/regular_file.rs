@@ -47,7 +47,7 @@ fn on_special_file_system(f: &OpenFile) -> bool {
 }
 
 impl Resource for RegularFileResource {
-    nothing_to_do! { content, connect, arm }
+    nothing_to_do! { asks, content, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::RegularFile

@@ -29,7 +29,7 @@ pub struct SignalfdRecord {
 pub struct SignalfdResource;
 
 impl Resource for SignalfdResource {
-    nothing_to_do! { probe, content, connect, arm }
+    nothing_to_do! { asks, probe, content, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::Signalfd

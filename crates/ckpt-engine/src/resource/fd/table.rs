@@ -3,11 +3,14 @@
 
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
+use crate::model::Job;
+use crate::model::file::Descriptor;
 use crate::resource::{At, Collect, Resource, decode, nothing_to_do};
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::area::MAX_CALLS;
+use ckpt_sys::inject::Query;
 use ckpt_sys::libc;
 use std::collections::BTreeMap;
 
@@ -30,6 +33,13 @@ pub struct Entry {
 pub struct FdTableRecord {
     /// By number.
     pub entries: Vec<Entry>,
+}
+
+/// FD_CLOEXEC of a descriptor for which fdinfo does not tell it: it mixes it with the flags of the description, which
+/// those of a terminal may hold (TIOCGPTPEER).
+fn ask_cloexec(job: &Job, d: &Descriptor) -> Option<Query> {
+    let unclear = d.cloexec && job.files.get(&d.file).is_some_and(|f| f.kind == Some(Kind::Tty));
+    unclear.then(|| Query::number(libc::SYS_fcntl, [d.number as u64, libc::F_GETFD as u64, 0, 0, 0, 0]))
 }
 
 /// The kind.
@@ -60,16 +70,20 @@ impl Resource for FdTableResource {
         ]
     }
 
+    fn asks(&self, job: &Job, at: At<'_>) -> Vec<Query> {
+        match at {
+            At::Process(p) => p.descriptors.iter().filter_map(|d| ask_cloexec(job, d)).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
         let mut entries = Vec::with_capacity(p.descriptors.len());
         for d in &p.descriptors {
             let mut cloexec = d.cloexec;
-            // fdinfo mixes it with the flags of the description, which those of a terminal may hold (TIOCGPTPEER).
-            if cloexec && cx.job.files.get(&d.file).is_some_and(|f| f.kind == Some(Kind::Tty)) {
-                let args = [d.number as u64, libc::F_GETFD as u64, 0, 0, 0, 0];
-                cloexec =
-                    cx.live().call("fcntl F_GETFD", libc::SYS_fcntl, args)? & libc::FD_CLOEXEC as u64 != 0;
+            if let Some(q) = ask_cloexec(cx.job, d) {
+                cloexec = cx.live().number("fcntl F_GETFD", &q)? & libc::FD_CLOEXEC as u64 != 0;
             }
             entries.push(Entry { number: d.number, file: d.file, cloexec });
         }

@@ -37,7 +37,7 @@ const TFD_IOC_SET_TICKS: u64 = 0x4008_5400;
 pub struct TimerfdResource;
 
 impl Resource for TimerfdResource {
-    nothing_to_do! { probe, content, connect, arm }
+    nothing_to_do! { asks, probe, content, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::Timerfd

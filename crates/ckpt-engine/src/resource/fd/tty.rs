@@ -53,7 +53,7 @@ fn outside(job: &Job) -> Option<String> {
 }
 
 impl Resource for TtyResource {
-    nothing_to_do! { content, connect, arm }
+    nothing_to_do! { asks, content, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::Tty

@@ -67,7 +67,7 @@ fn hides_messages(job: &Job, f: &OpenFile, queue: &[Queued]) -> bool {
 }
 
 impl Resource for UnixSocketResource {
-    nothing_to_do! { content, arm }
+    nothing_to_do! { asks, content, arm }
 
     fn kind(&self) -> Kind {
         Kind::UnixSocket
