@@ -169,6 +169,10 @@ pub struct SupervisionArgs {
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compression>,
 
+    /// Each of these dumps stores only what has changed since the one before; see `ckpt dump --incremental`.
+    #[arg(long)]
+    pub incremental: bool,
+
     /// Dump the job when this signal is sent to it; with ":stop", end it after the dump.
     ///
     /// For the notice before a time limit or before a spot instance is taken away. The signal counts whether it is sent to `ckpt run`, by
