@@ -2,7 +2,15 @@
 //! What the engine needs to know of a live job, from what its init says.
 
 use ckpt_engine::model::{ExternalInfo, JobInfo};
+use ckpt_engine::track::Tracking;
 use ckpt_job::LiveJob;
+
+/// The processes that ckpt watches for writes, as an incremental dump left them with init. An init that can't keep them has none.
+fn tracked(name: &ckpt_job::JobName) -> Vec<ckpt_engine::model::process::ProcessId> {
+    let kept = ckpt_job::take(name, true).ok().flatten();
+    let tracking = kept.and_then(|k| Tracking::from_kept(&k.note, k.descriptors).ok());
+    tracking.iter().flat_map(Tracking::watched).collect()
+}
 
 /// The engine's view of a job.
 pub fn of(job: &LiveJob) -> JobInfo {
@@ -30,6 +38,7 @@ pub fn of(job: &LiveJob) -> JobInfo {
         domainname: Some(s.domainname.as_bytes().to_vec()),
         sysv_objects: s.sysv_objects,
         semaphore_sets: s.semaphore_sets,
+        tracked: tracked(&r.name),
         mergeable: r.mergeable,
     }
 }
