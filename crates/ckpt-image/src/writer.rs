@@ -496,7 +496,10 @@ impl Writer {
     }
 
     /// Waits until all that was given has been written.
-    fn settle(&mut self) -> Result<(), WriteError> {
+    ///
+    /// # Errors
+    /// As for [`Writer::pages`].
+    pub fn settle(&mut self) -> Result<(), WriteError> {
         self.flush_same()?;
         if self.failed {
             return Err(WriteError::Incomplete);
