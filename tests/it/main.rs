@@ -24,6 +24,7 @@ mod policy;
 mod process;
 mod signal;
 mod sockets;
+mod tcp;
 mod thread;
 mod tty;
 

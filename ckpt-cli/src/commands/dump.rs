@@ -61,7 +61,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         report.clear();
     }
     let engine = engine(args)?;
-    let info = job_info::of(&job);
+    let info = job_info::of(&job, args.tcp)?;
     let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
     ckpt_engine::dump::check(&info)?;

@@ -400,6 +400,7 @@ pub static REGISTRY: &[&dyn Resource] = &[
     &fd::signalfd::SignalfdResource,
     &fd::timerfd::TimerfdResource,
     &fd::unix_socket::UnixSocketResource,
+    &fd::tcp_socket::TcpSocketResource,
     &fd::table::FdTableResource,
     &fd::file_lock::FileLockResource,
 ];
