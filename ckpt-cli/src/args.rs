@@ -173,6 +173,10 @@ pub struct SupervisionArgs {
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compression>,
 
+    /// Each of these dumps stores only what has changed since the one before; see `ckpt dump --incremental`.
+    #[arg(long)]
+    pub incremental: bool,
+
     /// Dump the job when this signal is sent to it; with ":stop", end it after the dump.
     ///
     /// For the notice before a time limit or before a spot instance is taken away. The signal counts whether it is sent to `ckpt run`, by
@@ -184,7 +188,8 @@ pub struct SupervisionArgs {
     /// Dump the job whenever it has used up so much since its last dump of this kind, or a file has changed.
     ///
     /// cpu:DURATION: CPU time of all its processes. written:SIZE: bytes that it caused to be written to storage (not to tmpfs).
-    /// sent:SIZE: bytes that it sent over TCP; what connections sent in the last second before they were closed is not seen.
+    /// sent:SIZE: bytes that it sent over TCP (a dump that is refused because a
+    /// connection is open is tried again every 10 seconds); what connections sent in the last second before they were closed is not seen.
     /// changed:PATH: PATH appeared, was replaced, or has another length or modification time. Looked at once a second. May be given several times.
     #[arg(long, value_name = "WHAT:AMOUNT")]
     pub dump_at: Vec<Threshold>,
@@ -265,6 +270,17 @@ pub struct DumpArgs {
 
     #[command(flatten)]
     pub store: StoreArg,
+
+    /// Save only the memory that has changed since the last incremental dump, whose checkpoint is needed from then on.
+    ///
+    /// The first one is a full checkpoint, and so is one for which the earlier writes are not known for sure, with a line that says why.
+    #[arg(long, conflicts_with = "dir")]
+    pub incremental: bool,
+
+    /// Make a full checkpoint when this many are built on each other.
+    #[arg(long, value_name = "N", default_value_t = 16, requires = "incremental",
+          value_parser = clap::value_parser!(u64).range(1..=128))]
+    pub max_chain: u64,
 
     /// Save the content of the files that the job has open for writing, too, as it is at this moment.
     ///

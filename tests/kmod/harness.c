@@ -367,6 +367,8 @@ int main(int argc, char **argv)
 			return 0;
 		} else if (!strncmp(argv[i], "--seed=", 7)) {
 			seed = strtoull(argv[i] + 7, NULL, 0);
+		} else if (!strncmp(argv[i], "--fuzz=", 7)) {
+			setenv("CKPT_TEST_FUZZ_SECONDS", argv[i] + 7, 1);
 		} else {
 			names[count++] = argv[i];
 		}

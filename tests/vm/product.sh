@@ -8,7 +8,7 @@ chgrp 900 /dev/ckpt && chmod 0660 /dev/ckpt
 # As `ulimit -l` of whoever may use the module has to be.
 ulimit -l unlimited
 if [ $# -eq 0 ]; then
-    set -- engines:: commands::
+    set -- ::kmod engines::same_pages
 fi
 ckpt=/product/ckpt
 "$ckpt" doctor || true

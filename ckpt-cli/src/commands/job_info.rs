@@ -3,10 +3,18 @@
 
 use anyhow::{Result, bail};
 use ckpt_engine::model::{ExternalInfo, JobInfo, TcpPolicy};
+use ckpt_engine::track::Tracking;
 use ckpt_job::LiveJob;
 use clap::ValueEnum as _;
 
 use crate::args::TcpChoice;
+
+/// The processes that ckpt watches for writes, as an incremental dump left them with init. An init that can't keep them has none.
+fn tracked(name: &ckpt_job::JobName) -> Vec<ckpt_engine::model::process::ProcessId> {
+    let kept = ckpt_job::take(name, true).ok().flatten();
+    let tracking = kept.and_then(|k| Tracking::from_kept(&k.note, k.descriptors).ok());
+    tracking.iter().flat_map(Tracking::watched).collect()
+}
 
 /// The engine's view of a job. `tcp` is what this command says of TCP connections.
 pub fn of(job: &LiveJob, tcp: Option<TcpChoice>) -> Result<JobInfo> {
@@ -43,6 +51,7 @@ pub fn of(job: &LiveJob, tcp: Option<TcpChoice>) -> Result<JobInfo> {
         domainname: Some(s.domainname.as_bytes().to_vec()),
         sysv_objects: s.sysv_objects,
         semaphore_sets: s.semaphore_sets,
+        tracked: tracked(&r.name),
         mergeable: r.mergeable,
         tcp: match said {
             None | Some(TcpChoice::Refuse) => TcpPolicy::Refuse,

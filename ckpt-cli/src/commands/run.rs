@@ -186,7 +186,7 @@ fn policy(run: &RunArgs) -> Policy {
     Policy {
         every: args.every,
         keep: args.keep,
-        dump_options: dump_options.collect(),
+        dump_options: dump_options.chain(args.incremental.then(|| "--incremental".to_owned())).collect(),
         restore_options: restore_options.chain(tcp).chain(rollback).collect(),
         dump_on: args.dump_on.clone(),
         dump_at: args.dump_at.clone(),

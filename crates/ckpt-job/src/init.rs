@@ -10,6 +10,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ckpt_abi::init_protocol::{Kind, VERSION};
 use ckpt_sys::{local_socket, namespace, pty, spawn};
@@ -399,11 +400,19 @@ fn commit(channel: &OwnedFd) {
 
 /// The exit status of a job that init's own defect ends.
 const DEFECT: ExitStatus = ExitStatus::Exited(125);
+/// A thread of init has panicked.
+static DEFECT_FOUND: AtomicBool = AtomicBool::new(false);
+
+/// The status of a job that is being ended by a defect of its init.
+pub(crate) fn defect() -> Option<ExitStatus> {
+    DEFECT_FOUND.load(Ordering::SeqCst).then_some(DEFECT)
+}
 
 /// A panic in init ends the job, as the kernel would; but the log and the registry say why.
 fn end_job_on_panic(log: PathBuf, entry: Option<File>) {
     std::panic::set_hook(Box::new(move |info| {
-        kill_all();
+        // First, as another thread may reap what is killed below, and tell how it ended.
+        DEFECT_FOUND.store(true, Ordering::SeqCst);
         if let Ok(mut log) = open_log(&log) {
             let _ = writeln!(log, "ckpt init: defect in the job's init, which ends the job: {info}");
         }
@@ -411,6 +420,7 @@ fn end_job_on_panic(log: PathBuf, entry: Option<File>) {
             let line = format!("{}\n", DEFECT.to_wait_status());
             let _ = registry::write_entry_file(&supervise::entry_path(entry), "exit", line.as_bytes());
         }
+        kill_all();
     }));
 }
 

@@ -65,6 +65,8 @@ impl Fork {
         helper.wait_for_stop()?;
         let start = || {
             ptrace::set_options(helper.pid, ptrace::COPY_OPTIONS)?;
+            // Inherited is that of an injection, which may leave a signal unblocked; the copy blocks all.
+            ptrace::set_signal_mask(helper.pid, u64::MAX)?;
             ptrace::cont(helper.pid, 0)
         };
         start().map_err(err("start the helper"))?;

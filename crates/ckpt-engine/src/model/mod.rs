@@ -40,6 +40,8 @@ pub struct JobInfo {
     pub sysv_objects: u64,
     /// System V semaphore sets there.
     pub semaphore_sets: u64,
+    /// Processes whose memory ckpt itself watches for writes.
+    pub tracked: Vec<process::ProcessId>,
     /// Its restore has made its memory mergeable (MADV_MERGEABLE), which the application did not ask for.
     pub mergeable: bool,
     /// What to do about its TCP connections.

@@ -34,6 +34,7 @@ use crate::model::memory::Vma;
 use crate::model::process::{Process, Task};
 use crate::restore::build_tree::Build;
 use crate::snapshot::{From, Piece, Snapshot, Source};
+use crate::track::Same;
 use ckpt_image::codec::{self, Decode, Encode};
 use ckpt_image::{Record, Writer, ZeroPages};
 use ckpt_sys::inject::{Live, Query};
@@ -75,6 +76,8 @@ pub struct Collected {
     pub deferred: Vec<Deferred>,
     /// Mappings by pid, where the flags in the job are assumed: bounds, and whether MADV_WIPEONFORK is.
     pub assumed: std::collections::BTreeMap<i32, Vec<(u64, u64, bool)>>,
+    /// Processes whose memory ckpt watches.
+    pub tracked: std::collections::BTreeSet<i32>,
     /// Mappings by pid with flags that are not assumed.
     pub mappings: std::collections::BTreeMap<i32, Vec<Vma>>,
     /// Shared objects by device and inode.
@@ -203,6 +206,8 @@ pub struct Content<'a> {
     pub snapshot: &'a mut dyn Snapshot,
     /// All sources that were snapshotted.
     pub sources: &'a [Source],
+    /// By source: pages that are those of the parent.
+    pub same: &'a [Vec<Same>],
     /// Records that were left for now.
     pub deferred: &'a [Deferred],
     /// Content of files that the job is writing.
@@ -260,6 +265,11 @@ impl Content<'_> {
                 pace.wait(writer.bytes_written());
                 Ok(())
             })?;
+            for s in self.same.get(index).into_iter().flatten() {
+                self.writer.same(object, s.offset, s.bytes, s.parent_object)?;
+                self.stored.add(source, s.offset);
+                (self.progress)(s.bytes);
+            }
         }
         Ok(())
     }

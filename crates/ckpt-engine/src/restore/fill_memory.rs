@@ -231,7 +231,15 @@ fn in_parallel(reader: &Reader, items: &[(&Run, Target<'_>)]) -> Result<(), Rest
         }
         work();
     });
+    leave_semaphore_undo_list();
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// Leaves the list of semaphore operations to undo that this thread came to share when it made another (CLONE_SYSVSEM): a dump knows
+/// by init, which has none, who in the job has none (see `resource::sysv_semaphore`).
+pub fn leave_semaphore_undo_list() {
+    // It has no way to fail that leaves the list.
+    let _ = nix::sched::unshare(nix::sched::CloneFlags::CLONE_SYSVSEM);
 }
 
 fn place(reader: &Reader, run: &Run, target: &Target<'_>, buf: &mut Vec<u8>) -> Result<(), RestoreError> {

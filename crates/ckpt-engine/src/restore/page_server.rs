@@ -13,7 +13,7 @@
 //! See docs/adr/0015-lazy-restore.md.
 
 use super::build_tree::Build;
-use super::fill_memory::{is_private_anonymous, stored, userfault_of};
+use super::fill_memory::{is_private_anonymous, leave_semaphore_undo_list, stored, userfault_of};
 use super::page_keeper::Keeper;
 use super::read::Image;
 use super::working_set::WorkingSet;
@@ -245,6 +245,7 @@ impl Prepared {
                 .spawn(thread)
                 .map_err(err("starting a thread of the page server"))?;
         }
+        leave_semaphore_undo_list();
         Ok(PageServer(shared))
     }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The `kmod` engine: `/dev/ckpt` keeps the private memory of every process in one walk of its page tables. What it doesn't
 //! take (shared memory, pages under I/O) is copied while the job is frozen; a process that it refuses is forked or
-//! copied as by [`super::cow`]. See docs/adr/0013-attach-by-injection.md.
+//! copied as by [`super::cow`]. See docs/adr/0019-attach-by-injection.md.
 //!
 //! A process attaches its own memory: open, ioctl and close are injected into its main thread, and the session is taken
 //! out in between. Whatever becomes of the dumper, the injected code closes the descriptor before the process goes on.
