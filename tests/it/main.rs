@@ -43,6 +43,7 @@ fn every_kind_has_a_guest_that_needs_it() {
         process::proven::KINDS,
         signal::proven::KINDS,
         sockets::proven::KINDS,
+        tcp::proven::KINDS,
         thread::proven::KINDS,
         tty::proven::KINDS,
         // No guest is restored with it unasked: with_files.rs has its tests.

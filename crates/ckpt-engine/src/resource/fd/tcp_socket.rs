@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! TCP sockets (tcp(7)): unconnected, bound, listening. A connection can't be kept (ADR 0017): its peer would go on. Where the
+//! TCP sockets (tcp(7)): unconnected, bound, listening. A connection can't be kept (ADR 0020): its peer would go on. Where the
 //! person who dumps accepts that, it comes back as one that its peer has reset.
 
 use super::Opened;
