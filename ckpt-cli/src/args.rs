@@ -294,6 +294,13 @@ pub struct DumpArgs {
     #[arg(long, value_enum, value_name = "WHAT")]
     pub tcp: Option<TcpChoice>,
 
+    /// Bring what the job has written to files to the disk before the checkpoint is complete.
+    ///
+    /// Files open for writing, files behind shared mappings and their directories are flushed (fsync), while the job runs: the checkpoint
+    /// and the files that it refers to survive a power cut together. A flush that fails makes the dump fail.
+    #[arg(long)]
+    pub flush: bool,
+
     /// How to compress memory.
     #[arg(long, value_enum, default_value_t = Compression::None, value_name = "METHOD")]
     pub compress: Compression,

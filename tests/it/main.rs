@@ -12,6 +12,7 @@ mod epoll;
 mod eventfd;
 mod external;
 mod files;
+mod flush;
 mod image_damage;
 mod incremental;
 mod interrupted;

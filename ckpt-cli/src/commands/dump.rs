@@ -38,6 +38,8 @@ struct Outcome<'a> {
     engine_reasons: &'a [String],
     held_bytes: u64,
     duplicated_bytes: Option<u64>,
+    /// Files and directories that were flushed (`--flush`).
+    flushed_files: Option<usize>,
     warnings: &'a [String],
 }
 
@@ -93,6 +95,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         stop: args.stop,
         incremental,
         with_files: args.with_files || with_files,
+        flush: args.flush,
         io_limit: args.io_limit,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {
@@ -173,6 +176,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
                 full_because: full_because.as_deref(),
                 notes: &said,
             }),
+            flushed_files: outcome.flushed_files,
             warnings: &outcome.warnings,
         })?;
     } else {
