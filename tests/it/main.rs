@@ -13,6 +13,7 @@ mod eventfd;
 mod external;
 mod files;
 mod image_damage;
+mod incremental;
 mod interrupted;
 mod late_changes;
 mod lazy;
@@ -23,6 +24,7 @@ mod policy;
 mod process;
 mod signal;
 mod sockets;
+mod tcp;
 mod thread;
 mod tty;
 

@@ -10,7 +10,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::FileStat;
 use crate::model::memory::Vma;
-use crate::model::process::Process;
+use crate::model::process::{Process, ProcessId};
 use crate::restore::build_tree::{Build, open_call};
 use crate::restore::fill_memory::is_private_anonymous;
 use crate::restore::plan::VDSO_ROOM;
@@ -147,7 +147,7 @@ pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
 /// Flags that need nothing, or are restored by other means than madvise.
 const KNOWN_FLAGS: &[&str] = &[
     "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "ar", "sf", "mm",
-    "nl",
+    "nl", "uw",
 ];
 
 /// Flags that madvise(2) sets.
@@ -182,7 +182,7 @@ fn named(v: &Vma) -> String {
     if v.name.is_empty() { at } else { format!("{at} ({})", v.name) }
 }
 
-fn refuse_flags(pid: i32, v: &Vma, named: &str, refusals: &mut Refusals) {
+fn refuse_flags(pid: i32, v: &Vma, named: &str, tracked: bool, refusals: &mut Refusals) {
     if v.has("io") || v.has("pf") {
         refusals.process(
             pid,
@@ -195,7 +195,7 @@ fn refuse_flags(pid: i32, v: &Vma, named: &str, refusals: &mut Refusals) {
             format!("{named} is hugetlb memory"),
             "not supported; use transparent huge pages",
         );
-    } else if v.has("um") || v.has("uw") || v.has("ui") {
+    } else if v.has("um") || v.has("ui") || v.has("uw") && !tracked {
         refusals.process(pid, format!("{named} is watched by userfaultfd"), "not supported");
     } else if v.protection_key != 0 {
         refusals.process(pid, format!("{named} has a protection key"), "not supported");
@@ -238,7 +238,7 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     } else if v.name.starts_with("/SYSV") {
         refusals.process(p.pid, format!("{named} is System V shared memory"), "not supported");
     } else {
-        refuse_flags(p.pid, v, &named, refusals);
+        refuse_flags(p.pid, v, &named, job.info.tracked.contains(&ProcessId::of(p)), refusals);
     }
     if v.is_file() && !v.deleted && !super::shared_object::is_memory_object(v) {
         match std::fs::metadata(job.outside(&v.name)) {
@@ -271,7 +271,7 @@ pub fn confirm(collected: &mut Collected, snapshot: &mut dyn Snapshot) -> Result
             return Ok(false);
         }
         for v in vmas.iter().filter(|v| !v.is_vdso_part()) {
-            refuse_flags(*pid, v, &named(v), &mut refusals);
+            refuse_flags(*pid, v, &named(v), collected.tracked.contains(pid), &mut refusals);
         }
         collected.mappings.insert(*pid, vmas);
     }
@@ -400,6 +400,9 @@ impl MemoryMapResource {
         use std::os::unix::ffi::OsStrExt;
         let exe = exe.as_os_str().as_bytes().to_vec();
         let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash, write_code };
+        if cx.job.info.tracked.contains(&ProcessId::of(p)) {
+            cx.out.tracked.insert(p.pid);
+        }
         if p.assumed_flags {
             let assumed = p.vmas.iter().map(|v| (v.start, v.end, v.has("wf"))).collect();
             cx.out.assumed.insert(p.pid, assumed);
