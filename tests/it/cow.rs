@@ -285,6 +285,18 @@ fn no_copy_where_memory_is_limited() {
     });
 }
 
+/// The soft limit of open files is no limit to the number of processes.
+#[test]
+fn more_processes_than_open_files() {
+    each_user("cow-many", Users::Both, |sandbox| {
+        with_ready_job(&Guest::new("process_many"), sandbox, |job, nonce| {
+            let dump = job.ckpt_after("ulimit -S -n 30", &["dump", &job.name, "--engine", "cow"])?;
+            expect(dump.code == 0, dump.report())?;
+            end(sandbox, nonce)
+        })
+    });
+}
+
 #[test]
 fn nothing_is_left_behind() {
     each_user("cow-behind", Users::Both, |sandbox| {
