@@ -19,6 +19,7 @@ use ckpt_image::codec::{Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::area::AREA_BYTES;
 use ckpt_sys::inject::Query;
+use ckpt_sys::memory::PAGE;
 use ckpt_sys::{Errno, Pid, libc};
 
 /// Version of [`MemoryMapRecord`].
@@ -475,6 +476,22 @@ impl MemoryMapResource {
                 }
             })?;
         }
+        // What `keep_together` has put there goes before anything is filled; a huge page of it may reach into a neighbour.
+        let mut anonymous: Vec<(u64, u64)> = Vec::new();
+        for v in mapped.iter().filter(|v| is_private_anonymous(v)) {
+            match anonymous.last_mut() {
+                Some(last) if last.1 == v.start => last.1 = v.end,
+                _ => anonymous.push((v.start, v.end)),
+            }
+        }
+        for chunk in anonymous.chunks(400) {
+            cx.run(pid, |b| {
+                for (start, end) in chunk {
+                    let args = [*start, end - start, libc::MADV_DONTNEED as u64];
+                    b.call(format!("emptying {start:#x}-{end:#x}"), libc::SYS_madvise, &args);
+                }
+            })?;
+        }
         Ok(())
     }
 }
@@ -482,6 +499,17 @@ impl MemoryMapResource {
 /// Bytes from address 0 to the area.
 fn cx_hole(room: u64) -> u64 {
     room - AREA_BYTES as u64
+}
+
+/// Has a page made in an empty mapping. The kernel merges only what shares the list by which it finds the mappings of a page (anon_vma), and
+/// makes that at the first page. Filling registers parts of mappings with userfaultfd, which are mappings of their own for a while:
+/// each would make its list, they would stay apart, and mremap(2) could no longer move what was one mapping.
+fn keep_together(b: &mut ckpt_sys::area::Batch<'_>, v: &VmaRecord) {
+    const HUGE: u64 = 2 << 20;
+    // Where a huge page can't be, if there is such a place.
+    let at = if v.start.is_multiple_of(HUGE) { v.end - PAGE } else { v.start };
+    let args = [at, PAGE, libc::MADV_POPULATE_WRITE as u64];
+    b.call(format!("making a page at {at:#x}"), libc::SYS_madvise, &args);
 }
 
 fn map_one(
@@ -508,6 +536,9 @@ fn map_one(
         None => {
             let flags = (flags | libc::MAP_ANONYMOUS) as u64;
             b.call(what, libc::SYS_mmap, &[v.start, length, prot as u64, flags, u64::MAX, 0]);
+            if v.has_pages && !shared {
+                keep_together(b, v);
+            }
             // Before the pages come: it decides their size.
             for a in v.advice.iter().filter(|a| is_page_size(**a)) {
                 b.call(format!("madvise {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);
