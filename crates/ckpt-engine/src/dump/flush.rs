@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Flush (`dump --flush`): what the job has written to files is on the disk before the checkpoint is published, so that
-//! both survive a power cut together (fsync(2)). See docs/adr/0020-flush-from-outside.md.
+//! both survive a power cut together (fsync(2)). See docs/adr/0021-flush-from-outside.md.
 //!
 //! Flushed are files open for writing, files behind shared mappings that may be written (fsync(2) of a file writes the
 //! pages that are dirty in any mapping, as msync(2) does), and the directories that name them.
