@@ -133,6 +133,10 @@ pub struct RunArgs {
     #[arg(long)]
     pub with_files: bool,
 
+    /// What every dump of the job does about TCP connections, unless it says something else; see `ckpt dump`.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub tcp: Option<TcpChoice>,
+
     #[command(flatten)]
     pub supervision: SupervisionArgs,
 
@@ -168,6 +172,10 @@ pub struct SupervisionArgs {
     /// How these dumps compress memory; see `ckpt dump`.
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compression>,
+
+    /// Each of these dumps stores only what has changed since the one before; see `ckpt dump --incremental`.
+    #[arg(long)]
+    pub incremental: bool,
 
     /// Dump the job when this signal is sent to it; with ":stop", end it after the dump.
     ///
@@ -282,6 +290,17 @@ pub struct DumpArgs {
     #[arg(long)]
     pub with_files: bool,
 
+    /// What to do about TCP connections, which can't be kept. Without it, what `ckpt run --tcp` said; else "refuse".
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub tcp: Option<TcpChoice>,
+
+    /// Bring what the job has written to files to the disk before the checkpoint is complete.
+    ///
+    /// Files open for writing, files behind shared mappings and their directories are flushed (fsync), while the job runs: the checkpoint
+    /// and the files that it refers to survive a power cut together. A flush that fails makes the dump fail.
+    #[arg(long)]
+    pub flush: bool,
+
     /// How to compress memory.
     #[arg(long, value_enum, default_value_t = Compression::None, value_name = "METHOD")]
     pub compress: Compression,
@@ -302,6 +321,22 @@ pub struct DumpArgs {
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TcpChoice {
+    /// Dump nothing while there are any, and name them.
+    Refuse,
+    /// The running job keeps them; a restored one finds them reset by their peers. What had been received and not read is lost,
+    /// and so are connections that were not accepted yet.
+    Close,
+}
+
+impl TcpChoice {
+    /// As the command line and the job's record have it.
+    pub fn word(self) -> String {
+        self.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -386,6 +421,10 @@ pub struct RestoreArgs {
     /// This happens when everything else is in place, before anything of the job runs; --files is about all other files.
     #[arg(long)]
     pub rollback_files: bool,
+
+    /// What dumps of the restored job do about TCP connections, unless they say something else; see `ckpt dump`.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub tcp: Option<TcpChoice>,
 
     /// Go on although this file has changed: the job sees it as it is now. May be given several times.
     #[arg(long, value_name = "PATH")]
@@ -594,6 +633,10 @@ pub struct CheckArgs {
     /// The job.
     #[arg(value_name = "NAME")]
     pub name: JobName,
+
+    /// What that dump is to do about TCP connections; see `ckpt dump`.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub tcp: Option<TcpChoice>,
 
     /// Print the result as JSON.
     #[arg(long)]

@@ -38,6 +38,8 @@ struct Outcome<'a> {
     engine_reasons: &'a [String],
     held_bytes: u64,
     duplicated_bytes: Option<u64>,
+    /// Files and directories that were flushed (`--flush`).
+    flushed_files: Option<usize>,
     warnings: &'a [String],
 }
 
@@ -53,6 +55,8 @@ struct Changes<'a> {
 /// Runs the command.
 pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let name = &args.name;
+    // Each process that is forked takes a descriptor until all are.
+    ckpt_engine::restore::page_keeper::raise_limit();
     let job = ckpt_job::status(name)?;
     let _lock = ckpt_job::lock_for_dump(name)?;
     if job.status.missing_memory.is_some() {
@@ -61,7 +65,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         report.clear();
     }
     let engine = engine(args)?;
-    let info = job_info::of(&job);
+    let info = job_info::of(&job, args.tcp)?;
     let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
     ckpt_engine::dump::check(&info)?;
@@ -93,6 +97,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         stop: args.stop,
         incremental,
         with_files: args.with_files || with_files,
+        flush: args.flush,
         io_limit: args.io_limit,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {
@@ -173,6 +178,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
                 full_because: full_because.as_deref(),
                 notes: &said,
             }),
+            flushed_files: outcome.flushed_files,
             warnings: &outcome.warnings,
         })?;
     } else {

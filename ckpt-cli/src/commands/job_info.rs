@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the engine needs to know of a live job, from what its init says.
 
-use ckpt_engine::model::{ExternalInfo, JobInfo};
+use anyhow::{Result, bail};
+use ckpt_engine::model::{ExternalInfo, JobInfo, TcpPolicy};
 use ckpt_engine::track::Tracking;
 use ckpt_job::LiveJob;
+use clap::ValueEnum as _;
+
+use crate::args::TcpChoice;
 
 /// The processes that ckpt watches for writes, as an incremental dump left them with init. An init that can't keep them has none.
 fn tracked(name: &ckpt_job::JobName) -> Vec<ckpt_engine::model::process::ProcessId> {
@@ -12,11 +16,20 @@ fn tracked(name: &ckpt_job::JobName) -> Vec<ckpt_engine::model::process::Process
     tracking.iter().flat_map(Tracking::watched).collect()
 }
 
-/// The engine's view of a job.
-pub fn of(job: &LiveJob) -> JobInfo {
+/// The engine's view of a job. `tcp` is what this command says of TCP connections.
+pub fn of(job: &LiveJob, tcp: Option<TcpChoice>) -> Result<JobInfo> {
     let s = &job.status;
     let r = &s.record;
-    JobInfo {
+    let said = match (tcp, &r.tcp) {
+        (None, Some(word)) => match TcpChoice::from_str(word, false) {
+            Ok(choice) => Some(choice),
+            Err(_) => {
+                bail!("the job was started with --tcp {word}, which this ckpt does not know; say --tcp")
+            }
+        },
+        (said, _) => said,
+    };
+    Ok(JobInfo {
         name: r.name.to_string(),
         init: job.init_pid,
         main_pid: if s.main_running { r.main_pid } else { 0 },
@@ -40,5 +53,9 @@ pub fn of(job: &LiveJob) -> JobInfo {
         semaphore_sets: s.semaphore_sets,
         tracked: tracked(&r.name),
         mergeable: r.mergeable,
-    }
+        tcp: match said {
+            None | Some(TcpChoice::Refuse) => TcpPolicy::Refuse,
+            Some(TcpChoice::Close) => TcpPolicy::Close,
+        },
+    })
 }

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ckpt_abi::init_protocol::{KillScope, Kind, MAX_DESCRIPTORS, MAX_PAYLOAD_BYTES, kill_arg};
 use ckpt_sys::local_socket;
@@ -449,6 +449,8 @@ pub fn settle(name: &JobName) -> Result<(), ClientError> {
 
 /// How long a killed job is waited for.
 const KILLED: TimeVal = TimeVal::new(10, 0);
+/// How long its supervisor is waited for, which may still be waiting for a dump that is being written.
+const SUPERVISOR_GOES: Duration = Duration::from_secs(2);
 
 /// Sends a signal to a job; see [`KillScope`] for whom it reaches. SIGKILL ends all of it, which is waited for, so that files, ports and
 /// the name are free again afterwards; but no longer than ten seconds, as a process may be stuck in the kernel.
@@ -478,6 +480,11 @@ pub fn kill(name: &JobName, signal: u8, scope: KillScope) -> Result<(), ClientEr
             .map_err(|errno| connection.io(errno))?;
         // However this ends, the signal has been delivered.
         let _ = connection.ask(Kind::Wait, 1, Kind::Exited);
+        // Its supervisor sees the end, too, and goes; until then it has the name.
+        let until = Instant::now() + SUPERVISOR_GOES;
+        while registry.has_supervisor(name)? && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
     Ok(())
 }

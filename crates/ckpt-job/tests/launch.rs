@@ -73,6 +73,7 @@ fn spec(scratch: &Path, test: &str) -> LaunchSpec {
         mergeable: false,
         restored_command: Vec::new(),
         with_files: false,
+        tcp: None,
         supervised: None,
         by_supervisor: false,
     }

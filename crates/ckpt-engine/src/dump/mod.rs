@@ -5,6 +5,7 @@ pub mod barrier;
 pub mod collect;
 pub mod discover;
 pub mod dumpable;
+pub mod flush;
 pub mod freeze;
 pub mod pace;
 pub mod phases;
@@ -40,6 +41,8 @@ pub struct DumpRequest<'a> {
     pub incremental: Option<Incremental>,
     /// Save the content of files that the job is writing, too.
     pub with_files: bool,
+    /// Bring what the job has written to files to the disk, too.
+    pub flush: bool,
     /// Bytes a second that are written at most.
     pub io_limit: Option<NonZeroU64>,
     /// Free bytes of the store; asked before anything is stopped.
@@ -67,6 +70,8 @@ pub struct DumpReport {
     pub account: Account,
     /// What became of an incremental dump.
     pub incremental: Option<track::Outcome>,
+    /// How many files and directories were flushed; none were asked for without [`DumpRequest::flush`].
+    pub flushed_files: Option<usize>,
     /// What the person who dumps should know.
     pub warnings: Vec<String>,
     /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
@@ -103,6 +108,7 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
         stop,
         incremental,
         with_files,
+        flush,
         io_limit,
         free_bytes,
         progress,
@@ -121,7 +127,12 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     phases.end("discover");
     barrier::prepare(&found.job);
     phases.end("barrier");
-    let how = How { stop, files: with_files.then_some(dir) };
+    if flush {
+        // While it runs, so that little is left to be flushed at the end.
+        flush::Flush::of(&found.job).sync()?;
+        phases.end("flush");
+    }
+    let how = How { stop, files: with_files.then_some(dir), flush };
     // Nobody waits for a job that will be ended.
     let first = still(&found.job, prepared, tracker.as_mut(), how, !stop, &mut phases)?;
     let taken = match first {
@@ -136,7 +147,16 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
             again.ok_or(DumpError::JobEnded)?
         }
     };
-    let Taken { collected, mut snapshot, pause, processes, threads, warnings, frozen } = taken;
+    let Taken { collected, mut snapshot, pause, processes, threads, mut warnings, frozen, flush } = taken;
+    let flushed_files = match flush {
+        Some(flush) => {
+            let n = flush.sync()?;
+            warnings.extend(flush.missed);
+            phases.end("flush");
+            Some(n)
+        }
+        None => None,
+    };
     let shared_bytes: u64 = collected.sources.iter().filter(|s| s.is_file()).map(Source::bytes).sum();
     let memory_bytes = found.memory_bytes + shared_bytes;
     let mut advance = |n| progress(n, memory_bytes);
@@ -152,6 +172,7 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
         memory_bytes,
         account,
         incremental,
+        flushed_files,
         phases,
         warnings,
         frozen,
@@ -167,6 +188,8 @@ struct Taken {
     threads: usize,
     warnings: Vec<String>,
     frozen: Option<freeze::FrozenJob>,
+    /// What it had written to when it was frozen.
+    flush: Option<flush::Flush>,
 }
 
 /// What is done while the job stands still.
@@ -176,6 +199,8 @@ struct How<'a> {
     stop: bool,
     /// Where the content of files that it is writing is kept, if it is.
     files: Option<&'a Path>,
+    /// Files that it has written to are opened, to be flushed.
+    flush: bool,
 }
 
 /// Freezes the job, which looked like `before`, and resumes it. None if what was to be assumed was not so.
@@ -199,10 +224,12 @@ fn still(
     }
     let mut snapshot = snapshot::take(engine, tracker, &mut frozen, &mut collected)?;
     phases.end("snapshot");
+    // All that was written until now has to be on the disk when the checkpoint is complete.
+    let flush = how.flush.then(|| flush::Flush::of(&frozen.job));
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if how.stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
     let pause = started.elapsed();
     phases.end("resume");
     let sound = crate::resource::memory_map::confirm(&mut collected, snapshot.as_mut())?;
-    Ok(sound.then_some(Taken { collected, snapshot, pause, processes, threads, warnings, frozen }))
+    Ok(sound.then_some(Taken { collected, snapshot, pause, processes, threads, warnings, frozen, flush }))
 }

@@ -69,6 +69,9 @@ pub fn write(
     }
     // What it holds is given back before the image is brought to the disk.
     let account = snapshot.finish()?;
+    // Content on its way to the files has not been waited for.
+    writer.settle()?;
+    pace.wait(writer.bytes_written());
     ckpt_sys::hook::point();
     Ok((writer.finish()?, account))
 }

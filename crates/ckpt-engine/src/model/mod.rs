@@ -44,6 +44,18 @@ pub struct JobInfo {
     pub tracked: Vec<process::ProcessId>,
     /// Its restore has made its memory mergeable (MADV_MERGEABLE), which the application did not ask for.
     pub mergeable: bool,
+    /// What to do about its TCP connections.
+    pub tcp: TcpPolicy,
+}
+
+/// What a dump does about TCP connections, which can't be kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TcpPolicy {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// A restored job finds them reset by their peers.
+    Close,
 }
 
 /// A descriptor the job was started with.

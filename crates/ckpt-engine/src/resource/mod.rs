@@ -245,21 +245,7 @@ impl Content<'_> {
             let pace = self.pace;
             self.snapshot.stream(index, source, &mut |piece| {
                 ckpt_sys::hook::point();
-                let (offset, bytes) = match piece {
-                    Piece::Data(offset, data) => {
-                        writer.pages(object, offset, data, zeros)?;
-                        (offset, data.len() as u64)
-                    }
-                    Piece::Zero(offset, bytes) => {
-                        let mut at = 0;
-                        while zeros == ZeroPages::Record && at < bytes {
-                            let n = (bytes - at).min(ZEROS.len() as u64);
-                            writer.pages(object, offset + at, &ZEROS[..n as usize], zeros)?;
-                            at += n;
-                        }
-                        (offset, bytes)
-                    }
-                };
+                let (offset, bytes) = put(writer, object, zeros, piece)?;
                 stored.add(source, offset);
                 progress(bytes);
                 pace.wait(writer.bytes_written());
@@ -276,6 +262,34 @@ impl Content<'_> {
 }
 
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+
+/// Writes a piece of an object; returns its offset and length in bytes.
+fn put(
+    writer: &mut Writer,
+    object: u64,
+    zeros: ZeroPages,
+    piece: Piece<'_>,
+) -> Result<(u64, u64), DumpError> {
+    Ok(match piece {
+        Piece::Data(offset, data) => {
+            writer.pages(object, offset, data, zeros)?;
+            (offset, data.len() as u64)
+        }
+        Piece::Unread(offset, bytes, fill) => {
+            writer.pages_with(object, offset, bytes, zeros, fill)?;
+            (offset, bytes as u64)
+        }
+        Piece::Zero(offset, bytes) => {
+            let mut at = 0;
+            while zeros == ZeroPages::Record && at < bytes {
+                let n = (bytes - at).min(ZEROS.len() as u64);
+                writer.pages(object, offset + at, &ZEROS[..n as usize], zeros)?;
+                at += n;
+            }
+            (offset, bytes)
+        }
+    })
+}
 
 /// One kind of kernel resource.
 pub trait Resource: Sync {
@@ -386,6 +400,7 @@ pub static REGISTRY: &[&dyn Resource] = &[
     &fd::signalfd::SignalfdResource,
     &fd::timerfd::TimerfdResource,
     &fd::unix_socket::UnixSocketResource,
+    &fd::tcp_socket::TcpSocketResource,
     &fd::table::FdTableResource,
     &fd::file_lock::FileLockResource,
 ];
