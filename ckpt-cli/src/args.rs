@@ -133,6 +133,10 @@ pub struct RunArgs {
     #[arg(long)]
     pub with_files: bool,
 
+    /// What every dump of the job does about TCP connections, unless it says something else; see `ckpt dump`.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub tcp: Option<TcpChoice>,
+
     #[command(flatten)]
     pub supervision: SupervisionArgs,
 
@@ -169,6 +173,10 @@ pub struct SupervisionArgs {
     #[arg(long, value_enum, value_name = "METHOD")]
     pub compress: Option<Compression>,
 
+    /// Each of these dumps stores only what has changed since the one before; see `ckpt dump --incremental`.
+    #[arg(long)]
+    pub incremental: bool,
+
     /// Dump the job when this signal is sent to it; with ":stop", end it after the dump.
     ///
     /// For the notice before a time limit or before a spot instance is taken away. The signal counts whether it is sent to `ckpt run`, by
@@ -180,7 +188,8 @@ pub struct SupervisionArgs {
     /// Dump the job whenever it has used up so much since its last dump of this kind, or a file has changed.
     ///
     /// cpu:DURATION: CPU time of all its processes. written:SIZE: bytes that it caused to be written to storage (not to tmpfs).
-    /// sent:SIZE: bytes that it sent over TCP; what connections sent in the last second before they were closed is not seen.
+    /// sent:SIZE: bytes that it sent over TCP (a dump that is refused because a
+    /// connection is open is tried again every 10 seconds); what connections sent in the last second before they were closed is not seen.
     /// changed:PATH: PATH appeared, was replaced, or has another length or modification time. Looked at once a second. May be given several times.
     #[arg(long, value_name = "WHAT:AMOUNT")]
     pub dump_at: Vec<Threshold>,
@@ -262,6 +271,17 @@ pub struct DumpArgs {
     #[command(flatten)]
     pub store: StoreArg,
 
+    /// Save only the memory that has changed since the last incremental dump, whose checkpoint is needed from then on.
+    ///
+    /// The first one is a full checkpoint, and so is one for which the earlier writes are not known for sure, with a line that says why.
+    #[arg(long, conflicts_with = "dir")]
+    pub incremental: bool,
+
+    /// Make a full checkpoint when this many are built on each other.
+    #[arg(long, value_name = "N", default_value_t = 16, requires = "incremental",
+          value_parser = clap::value_parser!(u64).range(1..=128))]
+    pub max_chain: u64,
+
     /// Save the content of the files that the job has open for writing, too, as it is at this moment.
     ///
     /// A restore with --rollback-files puts them back. The job stands still while they are copied, unless their file system shares extents
@@ -269,6 +289,17 @@ pub struct DumpArgs {
     /// Always on for a job of `ckpt run --with-files`.
     #[arg(long)]
     pub with_files: bool,
+
+    /// What to do about TCP connections, which can't be kept. Without it, what `ckpt run --tcp` said; else "refuse".
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub tcp: Option<TcpChoice>,
+
+    /// Bring what the job has written to files to the disk before the checkpoint is complete.
+    ///
+    /// Files open for writing, files behind shared mappings and their directories are flushed (fsync), while the job runs: the checkpoint
+    /// and the files that it refers to survive a power cut together. A flush that fails makes the dump fail.
+    #[arg(long)]
+    pub flush: bool,
 
     /// How to compress memory.
     #[arg(long, value_enum, default_value_t = Compression::None, value_name = "METHOD")]
@@ -290,6 +321,22 @@ pub struct DumpArgs {
     /// Print the result as JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TcpChoice {
+    /// Dump nothing while there are any, and name them.
+    Refuse,
+    /// The running job keeps them; a restored one finds them reset by their peers. What had been received and not read is lost,
+    /// and so are connections that were not accepted yet.
+    Close,
+}
+
+impl TcpChoice {
+    /// As the command line and the job's record have it.
+    pub fn word(self) -> String {
+        self.to_possible_value().map(|v| v.get_name().to_owned()).unwrap_or_default()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -374,6 +421,10 @@ pub struct RestoreArgs {
     /// This happens when everything else is in place, before anything of the job runs; --files is about all other files.
     #[arg(long)]
     pub rollback_files: bool,
+
+    /// What dumps of the restored job do about TCP connections, unless they say something else; see `ckpt dump`.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub tcp: Option<TcpChoice>,
 
     /// Go on although this file has changed: the job sees it as it is now. May be given several times.
     #[arg(long, value_name = "PATH")]
@@ -582,6 +633,10 @@ pub struct CheckArgs {
     /// The job.
     #[arg(value_name = "NAME")]
     pub name: JobName,
+
+    /// What that dump is to do about TCP connections; see `ckpt dump`.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub tcp: Option<TcpChoice>,
 
     /// Print the result as JSON.
     #[arg(long)]

@@ -6,6 +6,7 @@ pub mod check;
 pub mod copies;
 pub mod doctor;
 pub mod dump;
+mod incremental;
 pub mod init;
 pub mod inspect;
 mod job_info;

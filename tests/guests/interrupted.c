@@ -14,6 +14,7 @@
 #include <sys/sem.h>
 #include <sys/socket.h>
 #include <sys/time.h>
+#include <sys/uio.h>
 
 /* Longer than any test: if a call ends by its timeout, that is wrong. */
 static struct timespec long_time = { 1000, 0 };
@@ -58,6 +59,21 @@ static void open_sockets(void)
 static void open_plain_sockets(void)
 {
 	MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, channel));
+}
+
+/* No byte more goes into [0]. */
+static void open_full_sockets(void)
+{
+	struct timeval timeout = { 1000, 0 };
+	static const char filler[4096];
+
+	open_plain_sockets();
+	MUST(setsockopt(channel[0], SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout)));
+	while (send(channel[0], filler, sizeof(filler), MSG_DONTWAIT) > 0)
+		;
+	while (send(channel[0], filler, 1, MSG_DONTWAIT) > 0)
+		;
+	EXPECT_EQ("errno of a full socket", EAGAIN, errno);
 }
 
 static void open_epoll(void)
@@ -316,6 +332,34 @@ static long call_recv(void)
 	return syscall(SYS_recvfrom, channel[0], &byte, 1, 0, NULL, NULL);
 }
 
+static long call_readv(void)
+{
+	char byte;
+	struct iovec part = { &byte, 1 };
+
+	return syscall(SYS_readv, channel[0], &part, 1);
+}
+
+static long call_write_byte(void)
+{
+	return syscall(SYS_write, channel[0], "w", 1);
+}
+
+static long call_writev(void)
+{
+	struct iovec part = { "w", 1 };
+
+	return syscall(SYS_writev, channel[0], &part, 1);
+}
+
+static long call_sendmmsg(void)
+{
+	struct iovec part = { "w", 1 };
+	struct mmsghdr message = { .msg_hdr = { .msg_iov = &part, .msg_iovlen = 1 } };
+
+	return syscall(SYS_sendmmsg, channel[0], &message, 1, 0);
+}
+
 static long call_semop(void)
 {
 	struct sembuf take = { 0, -1, 0 };
@@ -505,6 +549,18 @@ static void drain(void)
 	}
 }
 
+/* Until the byte has come that the other has been waiting to write. */
+static void make_room(void)
+{
+	char part[4096];
+	ssize_t got;
+
+	do
+		got = MUST(read(channel[1], part, sizeof(part)));
+	while (got && part[got - 1] != 'w');
+	EXPECT(got > 0);
+}
+
 static void open_fifo_to_write(void)
 {
 	MUST(open(path, O_WRONLY));
@@ -543,6 +599,10 @@ static const struct blocking {
 	{ "read_eventfd", SYS_read, open_eventfd, NULL, call_read_eventfd, post_eventfd, 8 },
 	{ "recv", SYS_recvfrom, open_plain_sockets, NULL, call_recv, write_byte, 1 },
 	{ "recv_timeout", SYS_recvfrom, open_sockets, NULL, call_recv, write_byte, 1 },
+	{ "readv_timeout", SYS_readv, open_sockets, NULL, call_readv, write_byte, 1 },
+	{ "write_timeout", SYS_write, open_full_sockets, NULL, call_write_byte, make_room, 1 },
+	{ "writev_timeout", SYS_writev, open_full_sockets, NULL, call_writev, make_room, 1 },
+	{ "sendmmsg_timeout", SYS_sendmmsg, open_full_sockets, NULL, call_sendmmsg, make_room, 1 },
 	{ "semop", SYS_semop, make_semaphore, NULL, call_semop, post_semaphore, 0 },
 	{ "semtimedop", SYS_semtimedop, make_semaphore, NULL, call_semtimedop, post_semaphore, 0 },
 	{ "sigtimedwait", SYS_rt_sigtimedwait, block_signals, NULL, call_sigtimedwait, queue_signal, 44 },

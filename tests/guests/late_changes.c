@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
  * Changes its state at a moment of the harness's choice (when the file "change" appears; it then makes "changed"): the
- * flags of mappings whose line in /proc/self/maps stays the same, a mapping, descriptors and a signal action. All of it
+ * flags of mappings whose line in /proc/self/maps stays the same, pages, a mapping, descriptors and a signal action. All of it
  * must be as it was changed. With the argument "wipe" one of the flags is that a fork does not keep the memory.
  */
 #include "mem_pattern.h"
@@ -51,7 +51,7 @@ static char *area(void)
 int main(int argc, char **argv)
 {
 	bool wipe = argc > 2 && strcmp(argv[2], "wipe") == 0;
-	char *undumped, *gains, *loses, *wiped, *later;
+	char *undumped, *gains, *loses, *wiped, *rewritten, *later;
 	struct sigaction action = { .sa_handler = handler }, now;
 	char path[PATH_MAX];
 	int first, second;
@@ -61,10 +61,12 @@ int main(int argc, char **argv)
 	gains = area();
 	loses = area();
 	wiped = area();
+	rewritten = area();
 	pattern_fill(gains, AREA_BYTES, guest_seed);
 	pattern_fill(loses, AREA_BYTES, guest_seed + 1);
 	pattern_fill(wiped, AREA_BYTES, guest_seed + 2);
 	pattern_fill(undumped, AREA_BYTES, guest_seed + 3);
+	pattern_fill(rewritten, AREA_BYTES, guest_seed + 5);
 	GUEST_CHECK(madvise(loses, AREA_BYTES, MADV_RANDOM) == 0, "MADV_RANDOM: %s", strerror(errno));
 	first = open(guest_path(path, sizeof(path), "kept"), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
 	GUEST_CHECK(first >= 0, "open: %s", strerror(errno));
@@ -78,6 +80,7 @@ int main(int argc, char **argv)
 	if (wipe)
 		GUEST_CHECK(madvise(wiped, AREA_BYTES, MADV_WIPEONFORK) == 0, "MADV_WIPEONFORK: %s",
 			    strerror(errno));
+	pattern_fill(rewritten, AREA_BYTES, guest_seed + 6);
 	later = area();
 	pattern_fill(later, AREA_BYTES, guest_seed + 4);
 	GUEST_CHECK(madvise(later, AREA_BYTES, MADV_RANDOM) == 0, "MADV_RANDOM: %s", strerror(errno));
@@ -98,6 +101,7 @@ int main(int argc, char **argv)
 	CHECK_PATTERN("loses", loses, AREA_BYTES, guest_seed + 1);
 	CHECK_PATTERN("wiped", wiped, AREA_BYTES, guest_seed + 2);
 	CHECK_PATTERN("undumped", undumped, AREA_BYTES, guest_seed + 3);
+	CHECK_PATTERN("rewritten", rewritten, AREA_BYTES, guest_seed + 6);
 	CHECK_PATTERN("later", later, AREA_BYTES, guest_seed + 4);
 	GUEST_CHECK(fcntl(first, F_GETFL) & O_APPEND, "O_APPEND is lost");
 	GUEST_CHECK(fcntl(first, F_GETFD) == 0, "FD_CLOEXEC is set");

@@ -382,3 +382,120 @@ fn interactive_shell() {
 fn comm_of(process: &HostProcess) -> Option<String> {
     fs::read_to_string(format!("/proc/{}/comm", process.pid)).ok().map(|name| name.trim().to_owned())
 }
+
+/// Redis under the traffic of a client: the dump closes nothing, and a restored server has all data and serves new clients.
+#[test]
+fn redis_under_traffic() {
+    use std::io::{BufRead, BufReader};
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+    const KEYS: u64 = 20_000;
+    const SERVER: &str = "/usr/bin/redis-server";
+    if !Path::new(SERVER).exists() {
+        announce(&format!("skipped: redis: there is no {SERVER}; scripts/prepare installs it"));
+        return;
+    }
+    let error = |what: &str, e: std::io::Error| Failure(format!("redis, {what}: {e}"));
+    let connect = |port: u16| {
+        let stream = TcpStream::connect(("127.0.0.1", port)).map_err(|e| error("connect", e))?;
+        stream.set_read_timeout(Some(APP_DEADLINE)).map_err(|e| error("timeout", e))?;
+        Ok::<_, Failure>(BufReader::new(stream))
+    };
+    /// One command and the first line of its answer, and of a bulk answer the second.
+    fn ask(client: &mut BufReader<TcpStream>, line: &str) -> std::io::Result<String> {
+        client.get_mut().write_all(format!("{line}\r\n").as_bytes())?;
+        let mut answer = String::new();
+        if client.read_line(&mut answer)? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        if answer.starts_with('$') && answer.trim() != "$-1" {
+            answer.clear();
+            client.read_line(&mut answer)?;
+        }
+        Ok(answer.trim_end().to_owned())
+    }
+    let expect = |what: &str, expected: &str, got: &str| {
+        if expected == got { Ok(()) } else { Err(Failure(format!("{what}: expected {expected}, got {got}"))) }
+    };
+    each_user("app-redis", Users::Both, |sandbox| {
+        let probe = TcpListener::bind("127.0.0.1:0").map_err(|e| error("a port", e))?;
+        let port = probe.local_addr().map_err(|e| error("a port", e))?.port();
+        drop(probe);
+        let (number, work) = (port.to_string(), sandbox.work.to_string_lossy().into_owned());
+        let command = [
+            SERVER,
+            "--port",
+            &number,
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            &work,
+        ];
+        let job = Job::run(sandbox, "redis", RunOptions::default(), &command.map(String::from))?;
+        let mut client = poll_until(APP_DEADLINE, || connect(port).ok())
+            .ok_or_else(|| Failure::new("redis does not listen"))?;
+        for key in 0..KEYS {
+            ask(&mut client, &format!("SET key:{key} value-{key}")).map_err(|e| error("SET", e))?;
+        }
+        // Counts up until it is told to stop, without a break across the dump.
+        let (stop, counted) = (AtomicBool::new(false), AtomicU64::new(0));
+        let traffic = std::thread::scope(|threads| {
+            let counter = threads.spawn(|| {
+                let mut own = connect(port)?;
+                while !stop.load(SeqCst) {
+                    let n = ask(&mut own, "INCR counter").map_err(|e| error("INCR", e))?;
+                    expect("INCR", &format!(":{}", counted.load(SeqCst) + 1), &n)?;
+                    counted.fetch_add(1, SeqCst);
+                }
+                Ok::<(), Failure>(())
+            });
+            let more = |than: u64| {
+                poll_until(APP_DEADLINE, || {
+                    (counted.load(SeqCst) > than || counter.is_finished()).then_some(())
+                })
+            };
+            more(100);
+            let before = counted.load(SeqCst);
+            let dumped = job.dump(&["--tcp", "close"]);
+            let after = counted.load(SeqCst);
+            more(after + 100);
+            stop.store(true, SeqCst);
+            let ended = counter.join().unwrap_or_else(|_| Err(Failure::new("the client panicked")));
+            dumped.and(ended).map(|()| (before, after))
+        });
+        let (before, after) = traffic?;
+        expect("an old client", "+PONG", &ask(&mut client, "PING").map_err(|e| error("PING", e))?)?;
+        job.kill()?;
+        if ask(&mut client, "PING").is_ok() {
+            return Err(Failure::new("a killed redis answers"));
+        }
+        job.restore(None, &[])?;
+        let mut client = connect(port)?;
+        for key in 0..KEYS {
+            let value = ask(&mut client, &format!("GET key:{key}")).map_err(|e| error("GET", e))?;
+            expect(&format!("key:{key}"), &format!("value-{key}"), &value)?;
+        }
+        let counter = ask(&mut client, "GET counter").map_err(|e| error("GET", e))?;
+        // An increment may have been made whose answer the client had not read.
+        match counter.parse::<u64>() {
+            Ok(n) if (before..=after + 1).contains(&n) => {}
+            _ => {
+                let text = format!("the counter is {counter}, and was {before} to {after} during the dump");
+                return Err(Failure(text));
+            }
+        }
+        expect("SET", "+OK", &ask(&mut client, "SET new 1").map_err(|e| error("SET", e))?)?;
+        // The connections that were not kept are gone: the server has noticed.
+        poll_until(APP_DEADLINE, || {
+            let mut own = connect(port).ok()?;
+            own.get_mut().write_all(b"INFO clients\r\nQUIT\r\n").ok()?;
+            let text: Vec<String> = own.lines().map_while(Result::ok).collect();
+            text.iter().any(|line| line.trim_end() == "connected_clients:2").then_some(())
+        })
+        .ok_or_else(|| Failure::new("redis still has the old clients"))
+    });
+}

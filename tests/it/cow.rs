@@ -12,6 +12,7 @@ use ckpt_tests::{
     process::{HostProcess, Running, poll_until},
     proof::{each_user, left_nothing_behind, with_ready_job},
     sandbox::Sandbox,
+    stage::stage,
     user::Users,
 };
 use nix::sys::signal::Signal;
@@ -200,6 +201,33 @@ fn writing_is_paced() {
     });
 }
 
+/// What a dump takes for itself does not depend on what it dumps.
+#[test]
+fn a_dump_takes_little_memory() {
+    each_user("cow-memory", Users::OnlyPlain, |sandbox| {
+        with_ready_job(&Guest::new("mem_large"), sandbox, |job, nonce| {
+            let dump = |options: &[&str]| {
+                let ckpt = stage().ckpt()?.to_string_lossy().into_owned();
+                // In KiB: of all that can be written to, used or not.
+                let line =
+                    [&["sh", "-c", "ulimit -d 65536; exec \"$@\"", "sh", &ckpt, "dump", &job.name], options]
+                        .concat();
+                let line: Vec<String> = line.into_iter().map(String::from).collect();
+                sandbox.execute(&line, &[], GUEST_DEADLINE)
+            };
+            for compression in ["none", "lz4", "zstd"] {
+                let done = dump(&["--compress", compression])?;
+                expect(done.code == 0, done.report())?;
+            }
+            let done = dump(&["--engine=copy"])?;
+            expect(done.code != 0, "the limit does not hold, or the guest is too small")?;
+            job.kill()?;
+            job.restore(None, &[])?;
+            end(sandbox, nonce)
+        })
+    });
+}
+
 /// A control group for one test, of version 1 or 2, removed at its end.
 struct Group(std::path::PathBuf);
 
@@ -253,6 +281,18 @@ fn no_copy_where_memory_is_limited() {
             expect(reasons(&said).contains("the memory limit of"), reasons(&said))?;
             end(sandbox, nonce)?;
             job.kill().or(Ok(()))
+        })
+    });
+}
+
+/// The soft limit of open files is no limit to the number of processes.
+#[test]
+fn more_processes_than_open_files() {
+    each_user("cow-many", Users::Both, |sandbox| {
+        with_ready_job(&Guest::new("process_many"), sandbox, |job, nonce| {
+            let dump = job.ckpt_after("ulimit -S -n 30", &["dump", &job.name, "--engine", "cow"])?;
+            expect(dump.code == 0, dump.report())?;
+            end(sandbox, nonce)
         })
     });
 }

@@ -2,12 +2,12 @@
 //! The other snapshot engines, which share nothing with the default but the seam between them: guests restored from
 //! their images, and the same pages from all for a job that stands still.
 
-use std::{collections::BTreeMap, path::Path};
+use std::path::Path;
 
-use ckpt_image::{PAGE_SIZE, Reader};
 use ckpt_tests::{
     Failure, Outcome, announce,
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    pages::{Pages, difference, pages_of},
     process::poll_until,
     proof::{self, dump_by, each_user, with_ready_job},
     user::Users,
@@ -57,25 +57,6 @@ by_the_other_engines! {
     deleted_file => Guest::new("file_deleted");
     workers => Guest::new("file_workers");
     threads => Guest::new("thread_registers");
-}
-
-type Pages = BTreeMap<(u64, u64), Vec<u8>>;
-
-/// The stored pages of every object, by (object, offset). Zero pages that are named count as pages.
-fn pages_of(image: &Path) -> Outcome<Pages> {
-    let failure = |error: &dyn std::fmt::Display| Failure(format!("{}: {error}", image.display()));
-    let reader = Reader::open(image).map_err(|error| failure(&error))?;
-    let mut pages = BTreeMap::new();
-    let mut data = Vec::new();
-    for object in reader.objects() {
-        for run in object.runs {
-            reader.read_run(run, &mut data).map_err(|error| failure(&error))?;
-            for (index, page) in data.chunks(PAGE_SIZE).enumerate() {
-                pages.insert((object.object, run.offset + (index * PAGE_SIZE) as u64), page.to_vec());
-            }
-        }
-    }
-    Ok(pages)
 }
 
 #[test]
@@ -132,7 +113,7 @@ fn compare(copied: &Pages, other: &Pages, engine: &str) -> Outcome<()> {
         .keys()
         .chain(other.keys().filter(|page| !copied.contains_key(page)))
         .filter(|page| copied.get(page) != other.get(page))
-        .map(|page| difference(*page, copied.get(page), other.get(page)))
+        .map(|page| difference(*page, ("copy", copied.get(page)), (engine, other.get(page))))
         .collect();
     if copied.len() < 10 || !differing.is_empty() {
         return Err(Failure(format!(
@@ -143,22 +124,4 @@ fn compare(copied: &Pages, other: &Pages, engine: &str) -> Outcome<()> {
         )));
     }
     Ok(())
-}
-
-fn difference(page: (u64, u64), copied: Option<&Vec<u8>>, other: Option<&Vec<u8>>) -> String {
-    let (object, offset) = page;
-    let what = match (copied, other) {
-        (Some(_), None) => "only from copy".to_owned(),
-        (None, Some(_)) => "only from the other".to_owned(),
-        (copied, other) => {
-            let bytes = copied.into_iter().flatten().zip(other.into_iter().flatten());
-            let differing: Vec<String> = bytes
-                .enumerate()
-                .filter(|(_, (a, b))| a != b)
-                .map(|(at, (a, b))| format!("{at:#x}: {a:#04x} and {b:#04x}"))
-                .collect();
-            format!("{} bytes differ: {}", differing.len(), differing[..differing.len().min(16)].join(", "))
-        }
-    };
-    format!("object {object}, offset {offset:#x}: {what}")
 }

@@ -44,6 +44,7 @@ blocked_in! {
     read_eventfd;
     recv;
     recv_timeout;
+    readv_timeout;
     semop;
     semtimedop;
     sigtimedwait;
@@ -58,4 +59,23 @@ blocked_in! {
     write_pipe;
     write_socket;
     open_fifo;
+}
+
+/// Not restored: a queue that is filled anew has room for more.
+macro_rules! blocked_by_a_full_socket_in {
+    ($($call:ident;)+) => {
+        $(mod $call {
+            use ckpt_tests::{guest::Guest, proof};
+            #[test]
+            fn control() { proof::control(&Guest::new("interrupted").arg(stringify!($call))) }
+            #[test]
+            fn goes_on() { proof::prove_goes_on(&Guest::new("interrupted").arg(stringify!($call))) }
+        })+
+    };
+}
+
+blocked_by_a_full_socket_in! {
+    write_timeout;
+    writev_timeout;
+    sendmmsg_timeout;
 }

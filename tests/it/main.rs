@@ -12,7 +12,9 @@ mod epoll;
 mod eventfd;
 mod external;
 mod files;
+mod flush;
 mod image_damage;
+mod incremental;
 mod interrupted;
 mod late_changes;
 mod lazy;
@@ -23,6 +25,7 @@ mod policy;
 mod process;
 mod signal;
 mod sockets;
+mod tcp;
 mod thread;
 mod tty;
 
@@ -41,6 +44,7 @@ fn every_kind_has_a_guest_that_needs_it() {
         process::proven::KINDS,
         signal::proven::KINDS,
         sockets::proven::KINDS,
+        tcp::proven::KINDS,
         thread::proven::KINDS,
         tty::proven::KINDS,
         // No guest is restored with it unasked: with_files.rs has its tests.

@@ -14,6 +14,7 @@ ckpt_tests::guest_tests! {
     stack => Guest::new("mem_stack");
     guard => Guest::new("mem_guard");
     brk => Guest::new("mem_brk");
+    boundaries => Guest::new("mem_boundaries");
     madvise => Guest::new("mem_madvise");
     mlock => Guest::new("mem_mlock");
     vma_names => Guest::new("mem_vma_names");

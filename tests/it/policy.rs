@@ -489,6 +489,23 @@ fn unsupported_is_named_all_at_once_and_nothing_touched() {
     });
 }
 
+/// What has its system calls dispatched to itself can't be made to do one by ckpt, and it is no worse for the attempt.
+#[test]
+fn dispatched_system_calls_are_refused_and_nothing_touched() {
+    for mode in ["dumpable", "undumpable"] {
+        let guest = Guest::new("syscall_dispatch").arg(mode);
+        each_user(&format!("policy-dispatch-{mode}"), Users::Both, |sandbox| {
+            with_ready_job(&guest, sandbox, |job, nonce| {
+                let refused = job.ckpt(&["dump", &job.name], &[])?;
+                expect(refused.code == REFUSED, format!("expected status {REFUSED}:\n{}", refused.report()))?;
+                let said = refused.stderr.contains("PR_SET_SYSCALL_USER_DISPATCH");
+                expect(said, format!("the reason is not named:\n{}", refused.report()))?;
+                expect_ok(sandbox, nonce)
+            })
+        });
+    }
+}
+
 #[test]
 fn same_name_twice_is_a_conflict() {
     let guest = Guest::new("mem_brk");

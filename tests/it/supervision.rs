@@ -408,6 +408,14 @@ fn a_failed_job_is_started_again() {
         recoveries(3)?;
         counts_on(&job, at_dump)?;
         expect_eq("starts", job.work("starts").lines().count(), 2)?;
+        // The command line has seen them all.
+        let said = || {
+            let outputs = fs::read_dir(sandbox.root.join("out")).into_iter().flatten().flatten();
+            let texts = outputs.map(|entry| fs::read_to_string(entry.path()).unwrap_or_default());
+            texts.map(|text| text.matches("failed and was restored from").count()).sum::<usize>()
+        };
+        poll_until(DEADLINE, || (said() == 2).then_some(()))
+            .ok_or_else(|| Failure(format!("{} of 2 recoveries are told\n{}", said(), job.log())))?;
         // Somebody's wish is no failure.
         job.succeed(&["kill", "recover", "TERM"])?;
         let ended = expect(foreground.finish(DEADLINE)?, 128 + Signal::SIGTERM as i32)?;
@@ -538,6 +546,38 @@ fn usage_files_and_commands_make_dumps() {
         job.logged("dumped (--dump-when): triggers@")?;
         expect_eq("checkpoints", job.checkpoints().len(), before + 1)?;
         job.end()
+    });
+}
+
+#[test]
+fn bytes_sent_make_a_dump_once_the_job_can_be_dumped() {
+    each_user("supervise-sent", Users::Both, |sandbox| {
+        let job = Named::new(sandbox, "sent");
+        let io = |error: std::io::Error| Failure(error.to_string());
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").map_err(io)?;
+        let port = listener.local_addr().map_err(io)?.port();
+        let reader = std::thread::spawn(move || {
+            let (mut from, _) = listener.accept()?;
+            std::io::copy(&mut from, &mut std::io::sink())
+        });
+        let script = format!(
+            "exec python3 -c 'import os, socket, time\n\
+             s = socket.create_connection((\"127.0.0.1\", {port}))\n\
+             s.sendall(bytes(300000))\n\
+             while not os.path.exists(\"close\"): time.sleep(0.02)\n\
+             s.close()\n\
+             while True: time.sleep(1)'"
+        );
+        job.run(&["--dump-at", "sent:200K"], &script)?;
+        // A job with a connection cannot be dumped: the dump is made as soon as it can be.
+        job.logged("dump (300000 bytes sent): failed")?;
+        fs::write(sandbox.work.join("close"), b"").map_err(io)?;
+        job.logged("dumped (300000 bytes sent): sent@")?;
+        job.end()?;
+        match reader.join() {
+            Ok(Ok(300_000)) => Ok(()),
+            other => Err(Failure(format!("received: {other:?}"))),
+        }
     });
 }
 

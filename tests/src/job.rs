@@ -95,6 +95,16 @@ impl<'a> Job<'a> {
         self.sandbox.execute(&self.line(words), environment, COMMAND_DEADLINE)
     }
 
+    /// Runs `ckpt <words>`, whatever the status, itself started by the shell command line `before`, such as `ulimit -n 20`.
+    ///
+    /// # Errors
+    /// It cannot be started or does not end.
+    pub fn ckpt_after(&self, before: &str, words: &[&str]) -> Outcome<Finished> {
+        let shell = ["sh", "-c", &format!("{before} && exec \"$@\""), "sh"].map(String::from);
+        let line: Vec<String> = shell.into_iter().chain(self.line(words)).collect();
+        self.sandbox.execute(&line, &[], COMMAND_DEADLINE)
+    }
+
     /// Runs `ckpt <words>` and demands status 0.
     ///
     /// # Errors

@@ -64,6 +64,8 @@ kinds! {
     EPOLL = "epoll";
     /// Unix sockets.
     UNIX_SOCKET = "unix_socket";
+    /// TCP sockets.
+    TCP_SOCKET = "tcp_socket";
     /// Terminals.
     TTY = "tty";
     /// Descriptors inherited from outside the job.

@@ -9,6 +9,7 @@
 //! - [`proof`]: the flows that tests consist of (`prove`, `prove_goes_on`, `prove_generations`, `prove_needs`, `control`).
 //! - [`job`]: one job under ckpt, for tests that need another flow (real programs, terminals, kills at random moments).
 //! - [`fingerprint`]: a job's state as seen from outside, to show that nothing was left behind in it.
+//! - [`pages`]: the pages of images, to compare them.
 //! - [`kinds`]: the names of the kernel resources, as the engine's registry has them.
 //! - [`seed`]: random choices that can be repeated.
 //! - [`sandbox`], [`stage`], [`user`], [`process`]: directories, executables, uids and deadlines of a test.
@@ -20,6 +21,7 @@ pub mod fingerprint;
 pub mod guest;
 pub mod job;
 pub mod kinds;
+pub mod pages;
 pub mod process;
 pub mod proof;
 pub mod sandbox;

@@ -8,7 +8,7 @@ chgrp 900 /dev/ckpt && chmod 0660 /dev/ckpt
 # As `ulimit -l` of whoever may use the module has to be.
 ulimit -l unlimited
 if [ $# -eq 0 ]; then
-    set -- ::kmod engines::same_pages
+    set -- engines::private_memory::kmod engines::workers::kmod engines::shared_memory::kmod engines::same_pages
 fi
 ckpt=/product/ckpt
 "$ckpt" doctor || true

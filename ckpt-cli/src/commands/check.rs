@@ -18,7 +18,7 @@ struct Outcome {
 
 /// Runs the command.
 pub fn run(args: &CheckArgs, report: &Report) -> Result<ExitCode> {
-    let info = job_info::of(&ckpt_job::status(&args.name)?);
+    let info = job_info::of(&ckpt_job::status(&args.name)?, args.tcp)?;
     match ckpt_engine::dump::check(&info) {
         Ok(found) => {
             if args.json {

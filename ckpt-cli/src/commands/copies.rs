@@ -182,6 +182,9 @@ fn start(args: &RestoreArgs, name: JobName, mergeable: bool, gate: &OwnedFd) -> 
     if args.lazy {
         command.arg("--lazy");
     }
+    if let Some(tcp) = args.tcp {
+        command.arg("--tcp").arg(tcp.word());
+    }
     if let Some(store) = &args.store.store {
         command.arg("--store").arg(store);
     }

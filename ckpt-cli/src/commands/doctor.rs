@@ -347,8 +347,8 @@ fn logind_settings() -> String {
 }
 
 fn ends_processes(settings: &str) -> bool {
-    let values = settings.lines().filter_map(|line| line.trim().strip_prefix("KillUserProcesses="));
-    values.last().is_some_and(|value| matches!(value.trim(), "yes" | "true" | "1" | "on"))
+    let mut values = settings.lines().filter_map(|line| line.trim().strip_prefix("KillUserProcesses="));
+    values.next_back().is_some_and(|value| matches!(value.trim(), "yes" | "true" | "1" | "on"))
 }
 
 fn logout_finding(session: &Session) -> Finding {

@@ -10,11 +10,12 @@ use ckpt_engine::snapshot::Engine;
 use ckpt_engine::snapshot::copy::Copy;
 use ckpt_engine::snapshot::cow::Cow;
 use ckpt_engine::snapshot::kmod::{self, Kmod};
+use ckpt_engine::track;
 use ckpt_image::store::{Claim, Store, free_bytes};
 use ckpt_image::{Compression, WriteError};
 
 use crate::args::{self, DumpArgs, EngineChoice};
-use crate::commands::{job_info, store_directory};
+use crate::commands::{incremental, job_info, store_directory};
 use crate::exit_code::ExitCode;
 use crate::report::Report;
 
@@ -30,15 +31,32 @@ struct Outcome<'a> {
     threads: usize,
     memory_bytes: u64,
     engine: &'a str,
+    /// The checkpoint that it is built on.
+    parent: Option<String>,
+    #[serde(flatten)]
+    incremental: Option<Changes<'a>>,
     engine_reasons: &'a [String],
     held_bytes: u64,
     duplicated_bytes: Option<u64>,
+    /// Files and directories that were flushed (`--flush`).
+    flushed_files: Option<usize>,
     warnings: &'a [String],
+}
+
+/// Of an incremental dump.
+#[derive(serde::Serialize)]
+struct Changes<'a> {
+    dirty_pages: u64,
+    same_pages: u64,
+    full_because: Option<&'a str>,
+    notes: &'a [String],
 }
 
 /// Runs the command.
 pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let name = &args.name;
+    // Each process that is forked takes a descriptor until all are.
+    ckpt_engine::restore::page_keeper::raise_limit();
     let job = ckpt_job::status(name)?;
     let _lock = ckpt_job::lock_for_dump(name)?;
     if job.status.missing_memory.is_some() {
@@ -47,19 +65,24 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         report.clear();
     }
     let engine = engine(args)?;
-    let info = job_info::of(&job);
+    let info = job_info::of(&job, args.tcp)?;
     let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
     ckpt_engine::dump::check(&info)?;
+    let root = if args.store.store.is_some() {
+        store_directory(&args.store)?
+    } else {
+        job.status.record.store.clone()
+    };
+    let mut incremental = None;
     let claim = match &args.dir {
         Some(dir) => Claim::for_dir(dir)?,
         None => {
-            let root = if args.store.store.is_some() {
-                store_directory(&args.store)?
-            } else {
-                job.status.record.store.clone()
-            };
-            Store::open(&root)?.claim(name.as_str())?
+            let store = Store::open(&root)?;
+            if args.incremental {
+                incremental = incremental::start(name, &store, args.max_chain, report)?;
+            }
+            store.claim(name.as_str())?
         }
     };
     let outcome = dump(DumpRequest {
@@ -72,7 +95,9 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         },
         engine: engine.as_ref(),
         stop: args.stop,
+        incremental,
         with_files: args.with_files || with_files,
+        flush: args.flush,
         io_limit: args.io_limit,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {
@@ -106,6 +131,20 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             std::thread::sleep(std::time::Duration::from_millis(2));
         }
     }
+    let changes = outcome.incremental.take();
+    let parent = changes.as_ref().and_then(|c| c.parent).map(|p| format!("{name}@{}", p.number));
+    let mut said = Vec::new();
+    let mut counts = (0, 0);
+    let mut full_because = None;
+    if let Some(track::Outcome { tracking, dirty_pages, same_pages, full_because: why, notes, .. }) = changes
+    {
+        (counts, said, full_because) = ((dirty_pages, same_pages), notes, why);
+        if !args.stop
+            && let Some(number) = number
+        {
+            incremental::leave(name, tracking, &path, number, report);
+        }
+    }
     ckpt_sys::hook::report();
     let bytes = outcome.summary.records_bytes + outcome.summary.pages_bytes;
     for w in &outcome.warnings {
@@ -132,6 +171,14 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             engine_reasons: &account.reasons,
             held_bytes: account.held_bytes,
             duplicated_bytes: account.duplicated_bytes,
+            parent,
+            incremental: args.incremental.then_some(Changes {
+                dirty_pages: counts.0,
+                same_pages: counts.1,
+                full_because: full_because.as_deref(),
+                notes: &said,
+            }),
+            flushed_files: outcome.flushed_files,
             warnings: &outcome.warnings,
         })?;
     } else {
@@ -147,6 +194,14 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             account.engine,
             mib(account.held_bytes)
         ));
+        if let Some(parent) = parent {
+            let (dirty, same) = counts;
+            report.print(&format!("built on {parent}: {dirty} pages changed, {same} are the same"));
+        }
+        if let Some(why) = full_because {
+            report.print(&format!("a full checkpoint: {why}"));
+        }
+        said.iter().for_each(|line| report.note(line));
         account.reasons.iter().for_each(|reason| report.print(&format!("  {reason}")));
     }
     Ok(ExitCode::SUCCESS)

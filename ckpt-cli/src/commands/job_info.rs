@@ -1,14 +1,35 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the engine needs to know of a live job, from what its init says.
 
-use ckpt_engine::model::{ExternalInfo, JobInfo};
+use anyhow::{Result, bail};
+use ckpt_engine::model::{ExternalInfo, JobInfo, TcpPolicy};
+use ckpt_engine::track::Tracking;
 use ckpt_job::LiveJob;
+use clap::ValueEnum as _;
 
-/// The engine's view of a job.
-pub fn of(job: &LiveJob) -> JobInfo {
+use crate::args::TcpChoice;
+
+/// The processes that ckpt watches for writes, as an incremental dump left them with init. An init that can't keep them has none.
+fn tracked(name: &ckpt_job::JobName) -> Vec<ckpt_engine::model::process::ProcessId> {
+    let kept = ckpt_job::take(name, true).ok().flatten();
+    let tracking = kept.and_then(|k| Tracking::from_kept(&k.note, k.descriptors).ok());
+    tracking.iter().flat_map(Tracking::watched).collect()
+}
+
+/// The engine's view of a job. `tcp` is what this command says of TCP connections.
+pub fn of(job: &LiveJob, tcp: Option<TcpChoice>) -> Result<JobInfo> {
     let s = &job.status;
     let r = &s.record;
-    JobInfo {
+    let said = match (tcp, &r.tcp) {
+        (None, Some(word)) => match TcpChoice::from_str(word, false) {
+            Ok(choice) => Some(choice),
+            Err(_) => {
+                bail!("the job was started with --tcp {word}, which this ckpt does not know; say --tcp")
+            }
+        },
+        (said, _) => said,
+    };
+    Ok(JobInfo {
         name: r.name.to_string(),
         init: job.init_pid,
         main_pid: if s.main_running { r.main_pid } else { 0 },
@@ -30,6 +51,11 @@ pub fn of(job: &LiveJob) -> JobInfo {
         domainname: Some(s.domainname.as_bytes().to_vec()),
         sysv_objects: s.sysv_objects,
         semaphore_sets: s.semaphore_sets,
+        tracked: tracked(&r.name),
         mergeable: r.mergeable,
-    }
+        tcp: match said {
+            None | Some(TcpChoice::Refuse) => TcpPolicy::Refuse,
+            Some(TcpChoice::Close) => TcpPolicy::Close,
+        },
+    })
 }

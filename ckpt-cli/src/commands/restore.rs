@@ -17,7 +17,7 @@ use ckpt_job::policy::Supervised;
 use ckpt_job::spec::TimeTarget;
 use ckpt_job::{Job, JobName, LaunchSpec, Registry, Work};
 
-use crate::args::{AsCopy, FilesPolicy, RestoreArgs};
+use crate::args::{AsCopy, FilesPolicy, RestoreArgs, TcpChoice};
 use crate::commands::copies;
 use crate::commands::run::{log_path, stay};
 use crate::commands::{store_directory, supervise};
@@ -63,6 +63,8 @@ pub struct Request<'a> {
     pub allow_changed: &'a [PathBuf],
     /// Put files back whose content is in the image.
     pub rollback_files: bool,
+    /// What its dumps do about TCP connections.
+    pub tcp: Option<TcpChoice>,
     /// It runs at once, and its memory comes when it is touched.
     pub lazy: bool,
     /// Nobody stays with the job.
@@ -105,6 +107,7 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         files: args.files,
         allow_changed: &args.allow_changed,
         rollback_files: args.rollback_files,
+        tcp: args.tcp,
         lazy: args.lazy,
         detach: args.detach,
         copy: match args.as_copy {
@@ -150,6 +153,7 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
         files,
         allow_changed,
         rollback_files,
+        tcp,
         lazy,
         copy,
         detach,
@@ -210,6 +214,7 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
         supervised,
         by_supervisor,
         with_files: rollback_files,
+        tcp: tcp.map(TcpChoice::word),
     };
     let command = image.job.argv.iter().map(|word| OsString::from_vec(word.clone())).collect();
     drop(image);

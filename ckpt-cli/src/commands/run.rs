@@ -15,7 +15,7 @@ use ckpt_job::{Job, JobName, LaunchError, LaunchSpec, Registry, RegistryError, W
 use clap::ValueEnum as _;
 use clap::builder::PossibleValue;
 
-use crate::args::RunArgs;
+use crate::args::{RunArgs, TcpChoice};
 use crate::commands::{restore, store_directory, supervise};
 use crate::exit_code::{ExitCode, Usage};
 use crate::report::{Report, chain};
@@ -55,6 +55,7 @@ pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
         supervised: policy.needs_supervisor().then(|| supervised(&name)),
         by_supervisor: args.by_supervisor.is_some(),
         with_files: args.with_files,
+        tcp: args.tcp.map(TcpChoice::word),
         name,
         store: store.clone(),
         work: Work::Command { argv: args.command.clone(), environment: std::env::vars_os().collect() },
@@ -123,6 +124,7 @@ fn resume(
             files: args.files,
             allow_changed: &[],
             rollback_files: args.with_files,
+            tcp: args.tcp,
             lazy: false,
             detach: args.detach,
             copy: None,
@@ -179,12 +181,13 @@ fn policy(run: &RunArgs) -> Policy {
     let args = &run.supervision;
     let dump_options = option("--compress", args.compress.and_then(|method| method.to_possible_value()));
     let restore_options = option("--files", run.files.and_then(|files| files.to_possible_value()));
+    let tcp = option("--tcp", run.tcp.and_then(|tcp| tcp.to_possible_value()));
     let rollback = run.with_files.then(|| "--rollback-files".to_owned());
     Policy {
         every: args.every,
         keep: args.keep,
-        dump_options: dump_options.collect(),
-        restore_options: restore_options.chain(rollback).collect(),
+        dump_options: dump_options.chain(args.incremental.then(|| "--incremental".to_owned())).collect(),
+        restore_options: restore_options.chain(tcp).chain(rollback).collect(),
         dump_on: args.dump_on.clone(),
         dump_at: args.dump_at.clone(),
         dump_when: args.dump_when.clone(),

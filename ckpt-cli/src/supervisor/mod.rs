@@ -34,12 +34,16 @@ use crate::exit_code::ExitCode;
 
 /// The pause before a dump is tried again that could not begin, or that the job's end depends on.
 const RETRY: Duration = Duration::from_secs(1);
+/// The pause before a dump is tried again that failed for another reason: something that is refused may be closed meanwhile.
+const RETRY_FAILED: Duration = Duration::from_secs(10);
 
 /// A dump that is wanted.
 #[derive(Clone, Debug)]
 struct Wanted {
     why: String,
     stop: bool,
+    /// Tried again by itself, at its next time.
+    periodic: bool,
     not_before: Instant,
 }
 
@@ -47,6 +51,7 @@ struct Wanted {
 struct Dumping {
     why: String,
     stop: bool,
+    periodic: bool,
     command: Running,
 }
 
@@ -257,10 +262,10 @@ impl Supervisor {
     }
 
     /// Asks for a dump; of several asked for at a time one is made, and the job ends after it if one of them says so.
-    fn want(&mut self, why: impl Into<String>, stop: bool) {
-        let wanted = Wanted { why: why.into(), stop, not_before: Instant::now() };
+    fn want(&mut self, why: impl Into<String>, stop: bool, periodic: bool) {
+        let wanted = Wanted { why: why.into(), stop, periodic, not_before: Instant::now() };
         match &mut self.wanted {
-            Some(present) if present.stop || !stop => {}
+            Some(present) if present.stop || !stop && !present.periodic => {}
             present => *present = Some(wanted),
         }
     }
@@ -276,7 +281,7 @@ impl Supervisor {
         if self.next_periodic.is_some_and(|due| due <= now) {
             self.next_periodic = None;
             let every = self.policy().every.map(|every| every.to_string()).unwrap_or_default();
-            self.want(format!("every {every}"), false);
+            self.want(format!("every {every}"), false, true);
         }
         if self.dumping.is_none()
             && let Some(wanted) = self.wanted.take_if(|wanted| wanted.not_before <= now)
@@ -293,7 +298,8 @@ impl Supervisor {
         }
         match Running::start(command, false) {
             Ok(command) => {
-                self.dumping = Some(Dumping { why: wanted.why, stop: wanted.stop, command });
+                self.dumping =
+                    Some(Dumping { why: wanted.why, stop: wanted.stop, periodic: wanted.periodic, command });
             }
             Err(error) => {
                 self.journal.dump_failed(&format!("dump ({}): starting it: {error}", wanted.why));
@@ -319,9 +325,17 @@ impl Supervisor {
         } else {
             self.journal.dump_failed(&format!("dump ({why}): failed: {}", one_line(&finished.stderr)));
             // Another dump goes on, or the job's end waits for this one.
-            if dumping.stop || finished.code == i32::from(ExitCode::CONFLICT.0) {
-                let not_before = Instant::now() + RETRY;
-                self.wanted.get_or_insert(Wanted { why: why.clone(), stop: dumping.stop, not_before });
+            let soon = dumping.stop || finished.code == i32::from(ExitCode::CONFLICT.0);
+            if soon || !dumping.periodic {
+                let not_before = Instant::now() + if soon { RETRY } else { RETRY_FAILED };
+                let Dumping { stop, periodic, .. } = *dumping;
+                let again = Wanted { why: why.clone(), stop, periodic, not_before };
+                // The job's end is not forgotten for another dump that was asked for meanwhile.
+                if stop {
+                    self.wanted = Some(again);
+                } else {
+                    self.wanted.get_or_insert(again);
+                }
             }
         }
         if self.next_periodic.is_none() {
@@ -333,7 +347,7 @@ impl Supervisor {
     fn pull_triggers(&mut self, watch: &Watch) {
         for pulled in self.triggers.turn(&self.job, self.dumping.is_some()) {
             match pulled {
-                Pulled::Dump(why) => self.want(why, false),
+                Pulled::Dump(why) => self.want(why, false, false),
                 Pulled::Note(what) => self.journal.event(&what),
                 Pulled::Unwell(why) => {
                     self.journal.event(&format!("{why}: ending the job"));
@@ -394,7 +408,7 @@ impl Supervisor {
         if let Some(asked) = asked {
             let name = nix::sys::signal::Signal::try_from(signal)
                 .map_or_else(|_| format!("signal {signal}"), |signal| signal.as_str().to_owned());
-            self.want(name, asked.stop);
+            self.want(name, asked.stop, false);
         } else if [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT].contains(&signal) {
             self.leaving = true;
         }

@@ -28,6 +28,8 @@ pub const HEADER_BYTES: usize = 24;
 /// Largest payload in bytes. Well below the default socket buffer, so that a message is never refused for
 /// its size by the kernel.
 pub const MAX_PAYLOAD_BYTES: usize = 96 * 1024;
+/// Most descriptors in one message. The kernel's limit is 253 (SCM_MAX_FD).
+pub const MAX_DESCRIPTORS: usize = 200;
 
 /// What a message asks or answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +52,13 @@ pub enum Kind {
     Resize = 0x0005,
     /// Request: stop being the job's terminal. Answered by [`Kind::Done`].
     Detach = 0x0006,
+    /// Request: keep the descriptors that come with the message (SCM_RIGHTS, at most [`MAX_DESCRIPTORS`]) and the payload, which init
+    /// does not look into, until they are asked for. `arg` is 1 if more of the same follows, 0 with the last: only then do they take the
+    /// place of what was kept before, and if the connection ends before, all is dropped. Answered by [`Kind::Done`].
+    Keep = 0x0007,
+    /// Request: give what is kept. With `arg` 0 it is given away, with 1 a copy stays. Answered by one [`Kind::Kept`] for each part,
+    /// then [`Kind::Done`].
+    Take = 0x0008,
     /// Request: tell me of every signal that is to make a dump ([`Kind::DumpSignal`]), also of those that came before
     /// anybody asked. Answered by [`Kind::Done`]. The latest who asks is told.
     Supervise = 0x0009,
@@ -70,6 +79,8 @@ pub enum Kind {
     Exited = 0x8003,
     /// Notice: another client is the job's terminal now.
     Detached = 0x8004,
+    /// Reply to [`Kind::Take`]: a part, with its descriptors, as it came with [`Kind::Keep`].
+    Kept = 0x8005,
     /// Notice to whoever supervises: signal `arg` was sent to the job and did not reach it, as it is to make a dump.
     DumpSignal = 0x8006,
     /// Notice, to who waits or is attached: why the job is being ended; UTF-8.
@@ -89,13 +100,15 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind that this build knows.
-    pub const ALL: [Kind; 21] = [
+    pub const ALL: [Kind; 24] = [
         Kind::Status,
         Kind::Kill,
         Kind::Wait,
         Kind::Attach,
         Kind::Resize,
         Kind::Detach,
+        Kind::Keep,
+        Kind::Take,
         Kind::Supervise,
         Kind::Settle,
         Kind::Data,
@@ -104,6 +117,7 @@ impl Kind {
         Kind::StatusReply,
         Kind::Exited,
         Kind::Detached,
+        Kind::Kept,
         Kind::DumpSignal,
         Kind::Notice,
         Kind::LaunchProgress,

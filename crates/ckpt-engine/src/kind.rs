@@ -88,4 +88,6 @@ kinds! {
     Signalfd = 44, "signalfd";
     /// timerfd_create(2).
     Timerfd = 45, "timerfd";
+    /// TCP sockets.
+    TcpSocket = 46, "tcp_socket";
 }

@@ -14,3 +14,4 @@ pub mod model;
 pub mod resource;
 pub mod restore;
 pub mod snapshot;
+pub mod track;

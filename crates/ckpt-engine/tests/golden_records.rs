@@ -22,7 +22,7 @@ use ckpt_engine::resource::fd::pipe::PipeContent;
 use ckpt_engine::resource::fd::table::Entry;
 use ckpt_engine::resource::fd::{
     Opened, char_device, directory, epoll, eventfd, external, fifo, file_lock, pipe, regular_file, signalfd,
-    table, timerfd, tty, unix_socket,
+    table, tcp_socket, timerfd, tty, unix_socket,
 };
 use ckpt_engine::resource::memory_map::{Backing, MappedFile, VmaRecord};
 use ckpt_engine::resource::shared_object::Origin;
@@ -406,6 +406,53 @@ fn of_descriptors() -> Vec<Sample> {
                 shutdown: 5,
                 options: counting(6),
                 timeouts: [counting(9), counting(11)],
+            },
+        ),
+        sample(
+            Kind::TcpSocket,
+            tcp_socket::VERSION,
+            "listening",
+            &tcp_socket::TcpSocketRecord {
+                opened: opened(),
+                family: 2,
+                local: Some(tcp_socket::Address { ip: vec![127, 0, 0, 1], port: 3, scope: 0 }),
+                state: tcp_socket::State::Listening { backlog: 4 },
+                options: vec![tcp_socket::SocketOption { level: 5, name: 6, value: vec![7, 8] }],
+            },
+        ),
+        sample(
+            Kind::TcpSocket,
+            tcp_socket::VERSION,
+            "unconnected",
+            &tcp_socket::TcpSocketRecord {
+                opened: opened(),
+                family: 10,
+                local: None,
+                state: tcp_socket::State::Unconnected,
+                options: Vec::new(),
+            },
+        ),
+        sample(
+            Kind::TcpSocket,
+            tcp_socket::VERSION,
+            "closed",
+            &tcp_socket::TcpSocketRecord {
+                opened: opened(),
+                family: 10,
+                local: Some(tcp_socket::Address {
+                    ip: counting::<16, u8>(1).to_vec(),
+                    port: 0x21,
+                    scope: 0x22,
+                }),
+                state: tcp_socket::State::Closed {
+                    peer: Some(tcp_socket::Address {
+                        ip: counting::<16, u8>(0x31).to_vec(),
+                        port: 0x41,
+                        scope: 0,
+                    }),
+                    error: true,
+                },
+                options: Vec::new(),
             },
         ),
         sample(

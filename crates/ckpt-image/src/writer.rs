@@ -286,24 +286,35 @@ impl Writer {
         zeros: ZeroPages,
     ) -> Result<(), WriteError> {
         self.cover_pages(object, offset, data.len())?;
-        let mut done = 0;
-        while done < data.len() {
-            let piece = (data.len() - done).min(BUFFER_BYTES);
-            if self.batch.used + piece > BUFFER_BYTES {
-                self.submit()?;
-            }
-            if self.batch.buffer.is_none() {
-                self.batch.buffer = Some(self.pipeline.pool.take());
-            }
-            let at = self.batch.used..self.batch.used + piece;
-            if let Some(buffer) = &mut self.batch.buffer {
-                buffer[at.clone()].copy_from_slice(&data[done..done + piece]);
-            }
-            self.batch.used = at.end;
-            self.add(Piece::Pages { object, offset: offset + done as u64, at, zeros })?;
-            done += piece;
+        for (i, piece) in data.chunks(BUFFER_BYTES).enumerate() {
+            let offset = offset + (i * BUFFER_BYTES) as u64;
+            self.gather(object, offset, piece.len(), zeros, |buffer| {
+                buffer.copy_from_slice(piece);
+                Ok::<_, WriteError>(())
+            })?;
         }
         Ok(())
+    }
+
+    /// As [`Writer::pages`], for `bytes` (1 MiB at most) that `fill` puts in place, so that they are not copied once more. It
+    /// gets memory with unspecified content, and is called at once.
+    ///
+    /// # Errors
+    /// As for [`Writer::pages`], and [`WriteError::BadRange`] for more than 1 MiB; what `fill` returns, after which the image
+    /// can't be completed.
+    pub fn pages_with<E: From<WriteError>>(
+        &mut self,
+        object: u64,
+        offset: u64,
+        bytes: usize,
+        zeros: ZeroPages,
+        fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if bytes > BUFFER_BYTES {
+            return Err(WriteError::BadRange { object, offset, bytes: bytes as u64 }.into());
+        }
+        self.cover_pages(object, offset, bytes)?;
+        if bytes == 0 { Ok(()) } else { self.gather(object, offset, bytes, zeros, fill) }
     }
 
     /// As [`Writer::pages`], for content in a buffer of [`Writer::buffers`], which is written from there without being
@@ -441,6 +452,26 @@ impl Writer {
         Ok(())
     }
 
+    /// Puts content into the batch.
+    fn gather<E: From<WriteError>>(
+        &mut self,
+        object: u64,
+        offset: u64,
+        bytes: usize,
+        zeros: ZeroPages,
+        fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if self.batch.used + bytes > BUFFER_BYTES {
+            self.submit()?;
+        }
+        let at = self.batch.used..self.batch.used + bytes;
+        let buffer = self.batch.buffer.get_or_insert_with(|| self.pipeline.pool.take());
+        fill(&mut buffer[at.clone()]).inspect_err(|_| self.failed = true)?;
+        self.batch.used = at.end;
+        self.add(Piece::Pages { object, offset, at, zeros })?;
+        Ok(())
+    }
+
     fn flush_same(&mut self) -> Result<(), WriteError> {
         match self.same.take() {
             Some(same) => self.add(Piece::Entry(same)),
@@ -465,7 +496,10 @@ impl Writer {
     }
 
     /// Waits until all that was given has been written.
-    fn settle(&mut self) -> Result<(), WriteError> {
+    ///
+    /// # Errors
+    /// As for [`Writer::pages`].
+    pub fn settle(&mut self) -> Result<(), WriteError> {
         self.flush_same()?;
         if self.failed {
             return Err(WriteError::Incomplete);

@@ -67,7 +67,14 @@ pub fn foreground(job: Job, mut again: impl FnMut()) -> Result<AttachmentEnd, Cl
     }
     let mut child = Some(init_pid);
     loop {
-        let end = attachment.run(tty);
+        let mut end = attachment.run(tty);
+        // One that connects when the job is just ending hears nothing, but the status is written down.
+        if matches!(end, Err(ClientError::NoStatus(_)))
+            && let Some(status) = registry.exit_status(&name)?
+            && registry.run_of(&name) == run
+        {
+            end = Ok(AttachmentEnd::Exited(WaitOutcome { status, job_ended: true }));
+        }
         if let Some(init_pid) = child
             && let Ok(AttachmentEnd::Exited(WaitOutcome { job_ended: true, .. }))
             | Err(ClientError::NoStatus(_)) = end

@@ -2,7 +2,7 @@
 //! Messages of [`ckpt_abi::init_protocol`] over a packet socket.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use ckpt_abi::init_protocol::{HEADER_BYTES, Header, HeaderError, Kind, MAX_PAYLOAD_BYTES};
 use ckpt_sys::local_socket;
@@ -54,10 +54,24 @@ pub(crate) fn send(socket: impl AsFd, kind: Kind, arg: i64, payload: &[u8]) -> i
 pub(crate) fn receive(socket: BorrowedFd<'_>, wait: bool) -> Result<Option<Message>, ReceiveError> {
     let mut buffer = vec![0; BUFFER_BYTES];
     let length = local_socket::receive_packet(socket, &mut buffer, wait)?;
-    if length == 0 {
+    decode(&buffer[..length])
+}
+
+/// As [`receive`], with the descriptors that come with the message.
+pub(crate) fn receive_with(
+    socket: BorrowedFd<'_>,
+    wait: bool,
+) -> Result<Option<(Message, Vec<OwnedFd>)>, ReceiveError> {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    let (length, descriptors) = local_socket::receive_packet_with(socket, &mut buffer, wait)?;
+    Ok(decode(&buffer[..length])?.map(|message| (message, descriptors)))
+}
+
+fn decode(packet: &[u8]) -> Result<Option<Message>, ReceiveError> {
+    if packet.is_empty() {
         return Ok(None);
     }
-    let (header, payload) = Header::decode(&buffer[..length])?;
+    let (header, payload) = Header::decode(packet)?;
     Ok(Some(Message {
         kind: Kind::from_number(header.kind),
         kind_number: header.kind,

@@ -4,9 +4,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ckpt_abi::init_protocol::{KillScope, Kind, kill_arg};
+use ckpt_abi::init_protocol::{KillScope, Kind, MAX_DESCRIPTORS, MAX_PAYLOAD_BYTES, kill_arg};
 use ckpt_sys::local_socket;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
@@ -147,11 +147,16 @@ impl Connection {
 
     /// The next message; [`ClientError::Refused`] for [`Kind::Error`].
     pub fn receive(&self) -> Result<Message, ClientError> {
-        let message = loop {
-            match channel::receive(self.socket.as_fd(), true) {
+        Ok(self.receive_with()?.0)
+    }
+
+    /// The next message and its descriptors.
+    fn receive_with(&self) -> Result<(Message, Vec<OwnedFd>), ClientError> {
+        let (message, descriptors) = loop {
+            match channel::receive_with(self.socket.as_fd(), true) {
                 // Why the job is being ended; what was asked for comes, or the end does.
-                Ok(Some(message)) if message.kind == Some(Kind::Notice) => {}
-                Ok(Some(message)) => break message,
+                Ok(Some((message, _))) if message.kind == Some(Kind::Notice) => {}
+                Ok(Some(received)) => break received,
                 Ok(None) => return Err(ClientError::Ended(self.name.clone())),
                 Err(ReceiveError::Io(error)) => return Err(self.lost(error)),
                 Err(ReceiveError::Header(error)) => return Err(self.io(io::Error::other(error))),
@@ -164,7 +169,7 @@ impl Connection {
                 message: message.text(),
             });
         }
-        Ok(message)
+        Ok((message, descriptors))
     }
 
     fn lost(&self, error: io::Error) -> ClientError {
@@ -178,13 +183,17 @@ impl Connection {
 
     pub(crate) fn ask(&self, kind: Kind, arg: i64, answer: Kind) -> Result<Message, ClientError> {
         self.send(kind, arg)?;
+        self.expect(answer)
+    }
+
+    fn expect(&self, answer: Kind) -> Result<Message, ClientError> {
         let message = self.receive()?;
-        if message.kind == Some(answer) {
-            Ok(message)
-        } else {
-            let text = format!("unexpected answer {:#06x}", message.kind_number);
-            Err(self.io(io::Error::other(text)))
-        }
+        if message.kind == Some(answer) { Ok(message) } else { Err(self.unexpected(&message)) }
+    }
+
+    fn unexpected(&self, message: &Message) -> ClientError {
+        let text = format!("unexpected answer {:#06x}", message.kind_number);
+        self.io(io::Error::other(text))
     }
 
     fn status(&self, registry: &Registry) -> Result<LiveJob, ClientError> {
@@ -371,6 +380,60 @@ pub fn live_jobs() -> Result<Vec<LiveJob>, ClientError> {
     Ok(jobs)
 }
 
+/// What a dumper leaves with init for the next one: descriptors, and a note that init does not look into.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// The descriptors, in order.
+    pub descriptors: Vec<OwnedFd>,
+    /// The note.
+    pub note: Vec<u8>,
+}
+
+/// Leaves something with a job's init, in place of what was kept there before. It is dropped when the job ends.
+///
+/// # Errors
+/// [`ClientError::Refused`] with `ENOSYS` by the init of an older ckpt, with `E2BIG` if it is too much; then what was kept before stays.
+pub fn keep(name: &JobName, kept: &Kept) -> Result<(), ClientError> {
+    let connection = Connection::open(&Registry::open()?, name)?;
+    let (mut descriptors, mut note) = (kept.descriptors.as_slice(), kept.note.as_slice());
+    loop {
+        let (now, rest) = descriptors.split_at(descriptors.len().min(MAX_DESCRIPTORS));
+        let (bytes, more) = note.split_at(note.len().min(MAX_PAYLOAD_BYTES));
+        let last = rest.is_empty() && more.is_empty();
+        let packet = channel::packet(Kind::Keep, i64::from(!last), bytes);
+        local_socket::send_packet_with(connection.socket.as_fd(), &packet, now, true)
+            .map_err(|error| connection.lost(error))?;
+        connection.expect(Kind::Done)?;
+        if last {
+            return Ok(());
+        }
+        (descriptors, note) = (rest, more);
+    }
+}
+
+/// What was left with a job's init, `None` if nothing was. With `copy` init keeps it, too; else it is the caller's alone, and gone when
+/// the caller ends.
+///
+/// # Errors
+/// [`ClientError::Refused`] with `ENOSYS` by the init of an older ckpt.
+pub fn take(name: &JobName, copy: bool) -> Result<Option<Kept>, ClientError> {
+    let connection = Connection::open(&Registry::open()?, name)?;
+    connection.send(Kind::Take, i64::from(copy))?;
+    let mut kept: Option<Kept> = None;
+    loop {
+        let (message, descriptors) = connection.receive_with()?;
+        match message.kind {
+            Some(Kind::Done) => return Ok(kept),
+            Some(Kind::Kept) => {
+                let kept = kept.get_or_insert_default();
+                kept.descriptors.extend(descriptors);
+                kept.note.extend(message.payload);
+            }
+            _ => return Err(connection.unexpected(&message)),
+        }
+    }
+}
+
 /// Waits until nothing of a job depends any more on the checkpoint that it was restored from.
 ///
 /// # Errors
@@ -386,6 +449,8 @@ pub fn settle(name: &JobName) -> Result<(), ClientError> {
 
 /// How long a killed job is waited for.
 const KILLED: TimeVal = TimeVal::new(10, 0);
+/// How long its supervisor is waited for, which may still be waiting for a dump that is being written.
+const SUPERVISOR_GOES: Duration = Duration::from_secs(2);
 
 /// Sends a signal to a job; see [`KillScope`] for whom it reaches. SIGKILL ends all of it, which is waited for, so that files, ports and
 /// the name are free again afterwards; but no longer than ten seconds, as a process may be stuck in the kernel.
@@ -415,6 +480,11 @@ pub fn kill(name: &JobName, signal: u8, scope: KillScope) -> Result<(), ClientEr
             .map_err(|errno| connection.io(errno))?;
         // However this ends, the signal has been delivered.
         let _ = connection.ask(Kind::Wait, 1, Kind::Exited);
+        // Its supervisor sees the end, too, and goes; until then it has the name.
+        let until = Instant::now() + SUPERVISOR_GOES;
+        while registry.has_supervisor(name)? && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
     Ok(())
 }

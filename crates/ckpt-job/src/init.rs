@@ -367,6 +367,7 @@ fn record(context: &InitContext, main_pid: i32, started: u64) -> JobRecord {
         },
         restored_from: spec.restored_from.clone(),
         with_files: spec.with_files,
+        tcp: spec.tcp.clone(),
         tty: spec.tty,
         user_namespace: context.user_namespace,
         fresh_proc: context.fresh_proc,

@@ -32,7 +32,9 @@ mod supervise;
 pub mod supervision;
 
 pub use attachment::foreground;
-pub use client::{JobStatus, LiveJob, MissingMemory, WaitOutcome, kill, live_jobs, settle, status, wait};
+pub use client::{
+    JobStatus, Kept, LiveJob, MissingMemory, WaitOutcome, keep, kill, live_jobs, settle, status, take, wait,
+};
 pub use init::{
     Fetching, INIT_ARGUMENT, InitContext, JobPty, Progress, StartError, StartErrorClass, Started, init_main,
     open_log,

@@ -67,6 +67,8 @@ pub struct LaunchSpec {
     pub mergeable: bool,
     /// Dumps save the content of files that the job has open for writing.
     pub with_files: bool,
+    /// What dumps do about TCP connections, in the words of the command line; `None` if nothing was said.
+    pub tcp: Option<String>,
     /// What a supervisor is to do.
     pub supervised: Option<Supervised>,
     /// Started by its supervisor, for its next run.
@@ -150,6 +152,9 @@ pub struct JobRecord {
     /// Dumps save the content of files that the job has open for writing.
     #[serde(default)]
     pub with_files: bool,
+    /// What dumps do about TCP connections, in the words of the command line.
+    #[serde(default)]
+    pub tcp: Option<String>,
     /// Whether it has a terminal of its own.
     pub tty: bool,
     /// Whether it has a user namespace of its own.

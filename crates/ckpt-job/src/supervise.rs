@@ -37,6 +37,8 @@ const MAX_OUTPUT_BYTES: usize = 256 * 1024;
 const MAX_INPUT_BYTES: usize = 64 * 1024;
 /// Answers waiting above which a client is dropped; well above what the terminal may put there.
 const MAX_OUTBOX_BYTES: usize = 8 * 1024 * 1024;
+/// Most messages of a dumper that are kept for the next one; with their descriptors they cover some thousands of processes.
+const MAX_KEPT_PARTS: usize = 64;
 /// How long the end of the job waits for clients to take their last messages.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// How often a terminal whose other end is closed is looked at again.
@@ -64,14 +66,22 @@ enum WaitsFor {
     WholeJob,
 }
 
+/// A part of what a dumper had kept: descriptors and bytes that init does not look into.
+struct KeptPart {
+    descriptors: Vec<OwnedFd>,
+    note: Vec<u8>,
+}
+
 struct Client {
     socket: OwnedFd,
-    outbox: VecDeque<Vec<u8>>,
+    outbox: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     outbox_bytes: usize,
     waits_for: Option<WaitsFor>,
     /// Is to be told when the job needs its checkpoint no more.
     waits_to_settle: bool,
     attached: bool,
+    /// What it wants kept, until it is complete.
+    keeping: Vec<KeptPart>,
     /// Is told of signals that are to make a dump.
     supervises: bool,
     /// Answer what is queued, then close.
@@ -88,6 +98,7 @@ impl Client {
             waits_for: None,
             waits_to_settle: false,
             attached: false,
+            keeping: Vec::new(),
             supervises: false,
             closing: false,
             gone: false,
@@ -95,9 +106,13 @@ impl Client {
     }
 
     fn push(&mut self, kind: Kind, arg: i64, payload: &[u8]) {
+        self.push_with(kind, arg, payload, Vec::new());
+    }
+
+    fn push_with(&mut self, kind: Kind, arg: i64, payload: &[u8], descriptors: Vec<OwnedFd>) {
         let packet = channel::packet(kind, arg, payload);
         self.outbox_bytes += packet.len();
-        self.outbox.push_back(packet);
+        self.outbox.push_back((packet, descriptors));
         if self.outbox_bytes > MAX_OUTBOX_BYTES {
             self.gone = true;
         }
@@ -105,8 +120,8 @@ impl Client {
     }
 
     fn flush(&mut self) {
-        while let Some(packet) = self.outbox.front() {
-            match local_socket::send_packet(self.socket.as_fd(), packet, false) {
+        while let Some((packet, descriptors)) = self.outbox.front() {
+            match local_socket::send_packet_with(self.socket.as_fd(), packet, descriptors, false) {
                 Ok(()) => {
                     self.outbox_bytes -= packet.len();
                     self.outbox.pop_front();
@@ -136,6 +151,7 @@ struct Supervisor {
     pty_closed: bool,
     input: VecDeque<u8>,
     log: Option<File>,
+    kept: Vec<KeptPart>,
     /// Signals that are to make a dump; they came before anybody asked for them.
     untold: Vec<u8>,
     /// Somebody has asked for them.
@@ -177,6 +193,7 @@ pub(crate) fn run(resources: Resources) -> ! {
         pty_closed: false,
         input: VecDeque::new(),
         log: None,
+        kept: Vec::new(),
         untold: Vec::new(),
         was_supervised: false,
         fetching,
@@ -498,8 +515,8 @@ impl Supervisor {
 
     fn serve_client(&mut self, index: usize) {
         // One message a turn, so that no client keeps the others waiting.
-        let message = match channel::receive(self.clients[index].socket.as_fd(), false) {
-            Ok(Some(message)) => message,
+        let (message, descriptors) = match channel::receive_with(self.clients[index].socket.as_fd(), false) {
+            Ok(Some(received)) => received,
             Ok(None) => {
                 self.clients[index].gone = true;
                 return;
@@ -512,11 +529,13 @@ impl Supervisor {
                 return;
             }
         };
-        self.answer(index, &message);
+        self.answer(index, &message, descriptors);
     }
 
-    fn answer(&mut self, index: usize, message: &Message) {
+    fn answer(&mut self, index: usize, message: &Message, descriptors: Vec<OwnedFd>) {
         match message.kind {
+            Some(Kind::Keep) => self.keep(index, message, descriptors),
+            Some(Kind::Take) => self.give(index, message.arg == 1),
             Some(Kind::Status) => {
                 let status = self.status();
                 let json = serde_json::to_vec(&status).unwrap_or_default();
@@ -576,6 +595,44 @@ impl Supervisor {
                 self.clients[index].push(Kind::Error, i64::from(libc::ENOSYS), text.as_bytes());
             }
         }
+    }
+
+    fn keep(&mut self, index: usize, message: &Message, descriptors: Vec<OwnedFd>) {
+        let client = &mut self.clients[index];
+        if client.keeping.len() >= MAX_KEPT_PARTS {
+            client.keeping.clear();
+            let text = format!("no more than {MAX_KEPT_PARTS} messages are kept");
+            client.push(Kind::Error, i64::from(libc::E2BIG), text.as_bytes());
+            return;
+        }
+        client.keeping.push(KeptPart { descriptors, note: message.payload.clone() });
+        if message.arg == 0 {
+            self.kept = std::mem::take(&mut client.keeping);
+        }
+        client.push(Kind::Done, 0, b"");
+    }
+
+    fn give(&mut self, index: usize, copy: bool) {
+        // Given away before it is sent: whatever becomes of the client, nobody gets it twice.
+        let parts = std::mem::take(&mut self.kept);
+        if copy {
+            let copies = |p: &KeptPart| {
+                let descriptors = p.descriptors.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>()?;
+                Ok(KeptPart { descriptors, note: p.note.clone() })
+            };
+            match parts.iter().map(copies).collect::<io::Result<_>>() {
+                Ok(copied) => self.kept = copied,
+                Err(error) => {
+                    self.kept = parts;
+                    return self.reply(index, Err(error));
+                }
+            }
+        }
+        let client = &mut self.clients[index];
+        for part in parts {
+            client.push_with(Kind::Kept, 0, &part.note, part.descriptors);
+        }
+        client.push(Kind::Done, 0, b"");
     }
 
     fn reply(&mut self, index: usize, result: io::Result<()>) {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use ckpt_job::attachment::AttachmentEnd;
 use ckpt_job::launch::LaunchEvent;
 use ckpt_job::{
-    ExitStatus, INIT_ARGUMENT, InitContext, JobName, LaunchError, LaunchSpec, Registry, StartError,
+    ExitStatus, INIT_ARGUMENT, InitContext, JobName, Kept, LaunchError, LaunchSpec, Registry, StartError,
     StartErrorClass, Started, TimeTarget, WaitOutcome, Work, init_main, launch,
 };
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -30,7 +30,8 @@ fn main() {
     let scratch = PathBuf::from(format!("/tmp/ckpt-launch-test-{}", std::process::id()));
     fs::create_dir(&scratch).unwrap();
     type Test = fn(&LaunchSpec);
-    let tests: [(&str, Test); 6] = [
+    let tests: [(&str, Test); 7] = [
+        ("keeps", init_keeps_descriptors),
         ("context", names_clocks_and_descriptors_reach_the_job),
         ("failed-start", a_failed_start_is_told_with_its_class),
         ("failed-release", a_failed_release_ends_the_job),
@@ -72,6 +73,7 @@ fn spec(scratch: &Path, test: &str) -> LaunchSpec {
         mergeable: false,
         restored_command: Vec::new(),
         with_files: false,
+        tcp: None,
         supervised: None,
         by_supervisor: false,
     }
@@ -109,6 +111,14 @@ fn start(context: &mut InitContext) -> Result<Started, StartError> {
             .unwrap();
             Ok(ready(child(3)))
         }
+        "keeps" => Ok(ready(
+            ckpt_sys::spawn::fork_child(|| {
+                loop {
+                    pause();
+                }
+            })
+            .unwrap(),
+        )),
         "failed-start" => {
             child(0);
             Err(StartError::new(StartErrorClass::Conflict, "port 80 is in use"))
@@ -164,6 +174,38 @@ fn names_clocks_and_descriptors_reach_the_job(spec: &LaunchSpec) {
 }
 
 /// Launches what fails to start; nothing may be left of it.
+/// What a dumper leaves with init comes back to the next one, whole and once.
+fn init_keeps_descriptors(spec: &LaunchSpec) {
+    let name = spec.name.clone();
+    let spec = LaunchSpec { detach: true, ..spec.clone() };
+    launch(spec, Vec::new(), |_| ()).unwrap();
+    assert!(ckpt_job::take(&name, false).unwrap().is_none());
+    let (mut read, write) = std::io::pipe().unwrap();
+    let write = OwnedFd::from(write);
+    // More than fits into one message, of both.
+    let descriptors = (0..450).map(|_| write.try_clone().unwrap()).collect();
+    let note: Vec<u8> = (0..300_000u32).map(|n| n as u8).collect();
+    ckpt_job::keep(&name, &Kept { descriptors, note: note.clone() }).unwrap();
+    let copy = ckpt_job::take(&name, true).unwrap().unwrap();
+    assert_eq!((copy.descriptors.len(), copy.note == note), (450, true));
+    drop(copy);
+    let kept = ckpt_job::take(&name, false).unwrap().unwrap();
+    assert_eq!((kept.descriptors.len(), kept.note == note), (450, true));
+    assert!(ckpt_job::take(&name, true).unwrap().is_none());
+    File::from(kept.descriptors[449].try_clone().unwrap()).write_all(b"x").unwrap();
+    let mut byte = [0];
+    assert_eq!(read.read(&mut byte).unwrap(), 1);
+    // Nobody has one any more: init has given them away.
+    drop((kept, write));
+    assert_eq!(read.read(&mut byte).unwrap(), 0);
+    // One that is replaced is closed.
+    let (mut read, write) = std::io::pipe().unwrap();
+    ckpt_job::keep(&name, &Kept { descriptors: vec![write.into()], note: Vec::new() }).unwrap();
+    ckpt_job::keep(&name, &Kept::default()).unwrap();
+    assert_eq!(read.read(&mut byte).unwrap(), 0);
+    ckpt_job::kill(&name, 9, ckpt_abi::init_protocol::KillScope::Everything).unwrap();
+}
+
 fn failure(spec: &LaunchSpec) -> (StartErrorClass, String) {
     match launch(spec.clone(), Vec::new(), |_| ()) {
         Err(LaunchError::Start { class, message }) => {

@@ -181,6 +181,79 @@ pub fn receive_descriptor(socket: BorrowedFd<'_>) -> io::Result<Option<(u8, Opti
     Ok((bytes > 0).then(|| (byte[0], fds.into_iter().next())))
 }
 
+/// As [`send_packet`], with descriptors (SCM_RIGHTS), of which the receiver gets copies.
+///
+/// # Errors
+/// Also `EINVAL` for more than 253 descriptors, `ETOOMANYREFS` if too many are on their way.
+pub fn send_packet_with(
+    socket: BorrowedFd<'_>,
+    packet: &[u8],
+    descriptors: &[OwnedFd],
+    wait: bool,
+) -> io::Result<()> {
+    if descriptors.is_empty() {
+        return send_packet(socket, packet, wait);
+    }
+    let mut flags = MsgFlags::MSG_NOSIGNAL;
+    if !wait {
+        flags |= MsgFlags::MSG_DONTWAIT;
+    }
+    let numbers: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let data = [io::IoSlice::new(packet)];
+    loop {
+        let rights = [ControlMessage::ScmRights(&numbers)];
+        match sendmsg::<()>(socket.as_raw_fd(), &data, &rights, flags, None) {
+            Ok(_) => return Ok(()),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// As [`receive_packet`], with the descriptors that come with the packet, close-on-exec.
+///
+/// # Errors
+/// Also `InvalidData` if there was no room for all descriptors (RLIMIT_NOFILE).
+pub fn receive_packet_with(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    wait: bool,
+) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    if !wait {
+        flags |= MsgFlags::MSG_DONTWAIT;
+    }
+    let mut space = nix::cmsg_space!([i32; 253]);
+    let (length, end, cut, descriptors) = loop {
+        let mut data = [io::IoSliceMut::new(buffer)];
+        match recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags) {
+            Ok(message) => {
+                let mut descriptors = Vec::new();
+                for control in message.cmsgs()? {
+                    if let ControlMessageOwned::ScmRights(numbers) = control {
+                        // SAFETY: the kernel just gave us these descriptors; nobody else knows their numbers.
+                        let owned = numbers.iter().map(|n| unsafe { OwnedFd::from_raw_fd(*n) });
+                        descriptors.extend(owned);
+                    }
+                }
+                let cut = message.flags.intersects(MsgFlags::MSG_CTRUNC);
+                break (message.bytes, message.flags.contains(MsgFlags::MSG_TRUNC), cut, descriptors);
+            }
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    };
+    if end {
+        let text = "a packet does not fit into the buffer";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    if cut {
+        let text = "there was no room for all descriptors that came with a packet";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    Ok((length, descriptors))
+}
+
 /// Whether the peer of a connected socket is gone.
 ///
 /// # Errors
@@ -212,6 +285,26 @@ mod tests {
         drop(left);
         assert!(hung_up(right.as_fd()).unwrap());
         assert_eq!(receive_packet(right.as_fd(), &mut buffer, false).unwrap(), 0);
+    }
+
+    #[test]
+    fn descriptors_come_along() {
+        let (left, right) = pair().unwrap();
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let descriptors: Vec<OwnedFd> = (0..200).map(|_| writer.try_clone().unwrap()).collect();
+        send_packet_with(left.as_fd(), b"take", &descriptors, true).unwrap();
+        send_packet_with(left.as_fd(), b"none", &[], true).unwrap();
+        drop((writer, descriptors));
+        let mut buffer = [0; 8];
+        let (length, received) = receive_packet_with(right.as_fd(), &mut buffer, false).unwrap();
+        assert_eq!((&buffer[..length], received.len()), (b"take".as_slice(), 200));
+        nix::unistd::write(&received[199], b"x").unwrap();
+        let mut byte = [0];
+        assert_eq!(nix::unistd::read(&reader, &mut byte).unwrap(), 1);
+        let (_, received) = receive_packet_with(right.as_fd(), &mut buffer, false).unwrap();
+        assert!(received.is_empty());
+        let error = receive_packet_with(right.as_fd(), &mut buffer, false).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }
 
     #[test]

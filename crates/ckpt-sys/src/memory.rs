@@ -28,6 +28,41 @@ pub fn read(pid: Pid, addr: u64, buf: &mut [u8]) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Fills `buf` from many stretches, given as (address, bytes), one after the other.
+///
+/// # Errors
+/// EFAULT if a byte of it can't be read by the process itself, EINVAL if `buf` is not as long as all of them.
+pub fn read_list(pid: Pid, list: &[(u64, u64)], buf: &mut [u8]) -> Result<(), Errno> {
+    /// IOV_MAX.
+    const MOST: usize = 1024;
+    if list.iter().map(|(_, bytes)| bytes).sum::<u64>() != buf.len() as u64 {
+        return Err(Errno::EINVAL);
+    }
+    let mut rest = buf;
+    for part in list.chunks(MOST) {
+        let bytes: u64 = part.iter().map(|(_, bytes)| bytes).sum();
+        let (now, later) = rest.split_at_mut(bytes as usize);
+        let remote: Vec<RemoteIoVec> = part
+            .iter()
+            .map(|(addr, bytes)| RemoteIoVec { base: *addr as usize, len: *bytes as usize })
+            .collect();
+        let mut done = process_vm_readv(pid, &mut [IoSliceMut::new(now)], &remote)?;
+        // A call gives at most 2 GiB, and stops where it fails.
+        let mut before = 0;
+        for (addr, bytes) in part {
+            let (from, to) = (before, before + *bytes as usize);
+            if done < to {
+                let skip = done.saturating_sub(from);
+                read(pid, addr + skip as u64, &mut now[from + skip..to])?;
+                done = to;
+            }
+            before = to;
+        }
+        rest = later;
+    }
+    Ok(())
+}
+
 /// Writes `buf` to `addr`, which must be writable by the process itself.
 ///
 /// # Errors

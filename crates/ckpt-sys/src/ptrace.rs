@@ -219,6 +219,23 @@ pub fn rseq(pid: Pid) -> Result<RseqConfiguration> {
     Ok(c)
 }
 
+/// Whether a thread's system calls may be handed to it by SIGSYS instead of being made (PR_SET_SYSCALL_USER_DISPATCH): then
+/// no call may be made in it. False on kernels before 6.4, which don't tell (PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG).
+///
+/// # Errors
+/// ESRCH if the task is not stopped.
+pub fn dispatches_calls(pid: Pid) -> Result<bool> {
+    const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
+    // Mode, offset, length, selector; mode 0 is off.
+    let mut config = [0u64; 4];
+    let to = &raw mut config as usize;
+    match request(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, pid, size_of_val(&config), to) {
+        Ok(_) => Ok(config[0] != 0),
+        Err(Errno::EIO) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// PTRACE_GETEVENTMSG: for a clone, fork or vfork event the new task's id.
 ///
 /// # Errors

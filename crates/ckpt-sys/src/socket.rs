@@ -228,3 +228,102 @@ pub fn get_timeout(fd: BorrowedFd<'_>, option: i32) -> Result<[i64; 2]> {
     })?;
     Ok(v)
 }
+
+/// getsockopt(2) of any option; what it gives is cut to `bytes`.
+///
+/// # Errors
+/// ENOPROTOOPT if there is no such option.
+pub fn option(fd: BorrowedFd<'_>, level: i32, name: i32, bytes: usize) -> Result<Vec<u8>> {
+    let mut value = vec![0u8; bytes];
+    let mut len = bytes as libc::socklen_t;
+    // SAFETY: value has len bytes, and the kernel writes no more than that.
+    Errno::result(unsafe {
+        libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len)
+    })?;
+    value.truncate(len as usize);
+    Ok(value)
+}
+
+/// setsockopt(2) of any option.
+///
+/// # Errors
+/// ENOPROTOOPT, EINVAL, EPERM.
+pub fn set_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Result<()> {
+    // SAFETY: value is live and of the stated size.
+    Errno::result(unsafe {
+        libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), value.len() as libc::socklen_t)
+    })
+    .map(drop)
+}
+
+/// How many instructions the classic packet filter of a socket has; 0 if there is none.
+///
+/// # Errors
+/// EACCES for an eBPF filter.
+pub fn filter_length(fd: BorrowedFd<'_>) -> Result<usize> {
+    let mut len: libc::socklen_t = 0;
+    // SAFETY: with a length of 0 the kernel only tells how many instructions there are, and writes nothing to the buffer.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_GET_FILTER,
+            std::ptr::null_mut(),
+            &raw mut len,
+        )
+    };
+    Errno::result(result)?;
+    Ok(len as usize)
+}
+
+/// A TCP socket as TCP_INFO (tcp(7)) shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TcpState {
+    /// TCP_* of the kernel: 1 established, 2 SYN sent, 7 closed, 10 listening.
+    pub state: u8,
+    /// Of a listening socket: connections that have not been accepted.
+    pub waiting: u32,
+    /// Of a listening socket: how many may wait.
+    pub backlog: u32,
+}
+
+/// State of a TCP socket of IPv4 or IPv6; `None` for every other socket.
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub fn tcp_state(fd: BorrowedFd<'_>) -> Result<Option<TcpState>> {
+    let family = get_int(fd, libc::SO_DOMAIN)?;
+    if family != libc::AF_INET && family != libc::AF_INET6
+        || get_int(fd, libc::SO_PROTOCOL)? != libc::IPPROTO_TCP
+    {
+        return Ok(None);
+    }
+    let info = option(fd, libc::IPPROTO_TCP, libc::TCP_INFO, 104)?;
+    // struct tcp_info: the state is its first byte; for a listening socket tcpi_unacked and tcpi_sacked tell of its queue.
+    let word = |at: usize| info.get(at..at + 4).map(|w| u32::from_ne_bytes([w[0], w[1], w[2], w[3]]));
+    let (Some(waiting), Some(backlog)) = (word(24), word(28)) else { return Err(Errno::EBADMSG) };
+    Ok(Some(TcpState { state: info[0], waiting, backlog }))
+}
+
+/// The events of poll(2) that are there now.
+///
+/// # Errors
+/// Those of poll(2).
+pub fn events_now(fd: BorrowedFd<'_>, events: i16) -> Result<i16> {
+    let mut p = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    // SAFETY: one live pollfd.
+    Errno::result(unsafe { libc::poll(&raw mut p, 1, 0) })?;
+    Ok(p.revents)
+}
+
+/// bind(2) to an address given as the `struct sockaddr_*` of the socket's family.
+///
+/// # Errors
+/// EADDRINUSE, EADDRNOTAVAIL, EACCES.
+pub fn bind(fd: BorrowedFd<'_>, address: &[u8]) -> Result<()> {
+    // SAFETY: address is live and of the stated size; the kernel checks what it holds.
+    Errno::result(unsafe {
+        libc::bind(fd.as_raw_fd(), address.as_ptr().cast(), address.len() as libc::socklen_t)
+    })
+    .map(drop)
+}

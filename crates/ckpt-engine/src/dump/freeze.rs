@@ -13,7 +13,7 @@ use ckpt_sys::arch;
 use ckpt_sys::inject::Padding;
 use ckpt_sys::ptrace::{self, Stop};
 use ckpt_sys::{Errno, Pid, libc};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// How long a task may take to stop. A task in uninterruptible sleep (a dead network file system) takes for ever.
@@ -294,6 +294,7 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         if !found.is_empty() {
             continue;
         }
+        let dispatching = refuse_dispatching(&job, &mut refusals)?;
         let mut look_again = false;
         for p in job.live().filter(|p| !opened.has(p.pid)) {
             if let Some(padding) = p.padding() {
@@ -301,7 +302,7 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
             }
         }
         if !look_again {
-            for p in job.live().filter(|p| p.closed) {
+            for p in job.live().filter(|p| p.closed && !dispatching.contains(&p.pid)) {
                 look_again |= opened.open(p, look(p.host, p.pid)?, &mut refusals)?;
             }
         }
@@ -326,6 +327,24 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
     discover::examine(&mut job, refusals)?;
     phases.end("examine");
     Ok(FrozenJob { job, opened, tasks })
+}
+
+/// Refuses processes in which no call may be made, as it would end in their handler of SIGSYS; their pids. Only a stopped
+/// thread tells.
+fn refuse_dispatching(job: &Job, refusals: &mut Refusals) -> Result<BTreeSet<i32>, DumpError> {
+    let mut found = BTreeSet::new();
+    for p in job.live() {
+        for t in &p.threads {
+            if ptrace::dispatches_calls(t.host)
+                .map_err(DumpError::errno(p.pid, "PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG"))?
+            {
+                let what = format!("thread {} dispatches system calls (PR_SET_SYSCALL_USER_DISPATCH)", t.tid);
+                refusals.process(p.pid, what, "not supported");
+                found.insert(p.pid);
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn not_stopped(tid: Pid) -> DumpError {

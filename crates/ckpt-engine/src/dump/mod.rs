@@ -5,6 +5,7 @@ pub mod barrier;
 pub mod collect;
 pub mod discover;
 pub mod dumpable;
+pub mod flush;
 pub mod freeze;
 pub mod pace;
 pub mod phases;
@@ -16,6 +17,7 @@ use crate::error::DumpError;
 use crate::model::{Job, JobInfo};
 use crate::resource::Collected;
 use crate::snapshot::{Account, Engine, Prepared, Snapshot, Source};
+use crate::track::{self, Incremental, Tracker};
 use ckpt_image::{Compression, Summary};
 use pace::Pace;
 use phases::Phases;
@@ -35,8 +37,12 @@ pub struct DumpRequest<'a> {
     pub engine: &'a dyn Engine,
     /// Kill the job when the image is complete, while it is still frozen.
     pub stop: bool,
+    /// For an incremental dump: what is known so far. Without it nothing is tracked.
+    pub incremental: Option<Incremental>,
     /// Save the content of files that the job is writing, too.
     pub with_files: bool,
+    /// Bring what the job has written to files to the disk, too.
+    pub flush: bool,
     /// Bytes a second that are written at most.
     pub io_limit: Option<NonZeroU64>,
     /// Free bytes of the store; asked before anything is stopped.
@@ -62,6 +68,10 @@ pub struct DumpReport {
     pub phases: Phases,
     /// What the snapshot took.
     pub account: Account,
+    /// What became of an incremental dump.
+    pub incremental: Option<track::Outcome>,
+    /// How many files and directories were flushed; none were asked for without [`DumpRequest::flush`].
+    pub flushed_files: Option<usize>,
     /// What the person who dumps should know.
     pub warnings: Vec<String>,
     /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
@@ -90,36 +100,83 @@ pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
 /// # Errors
 /// In each case the job runs on as before.
 pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
-    let DumpRequest { info, dir, compression, engine, stop, with_files, io_limit, free_bytes, progress } =
-        request;
+    let DumpRequest {
+        mut info,
+        dir,
+        compression,
+        engine,
+        stop,
+        incremental,
+        with_files,
+        flush,
+        io_limit,
+        free_bytes,
+        progress,
+    } = request;
+    info.tracked.extend(incremental.iter().flat_map(|i| i.tracking.watched()));
     let mut phases = Phases::default();
-    let found = discover::discover(&info)?;
+    let mut found = discover::discover(&info)?;
     let prepared = engine.prepare(&found.job, stop)?;
     found.check_room(prepared.as_ref(), compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
-    let writer = write::start(dir, compression)?;
+    let mut tracker = match incremental {
+        Some(start) => Some(Tracker::begin(&mut found.job, start)?),
+        None => None,
+    };
+    let writer = write::start(dir, compression, tracker.as_mut())?;
     phases.end("discover");
     barrier::prepare(&found.job);
     phases.end("barrier");
-    let how = How { stop, files: with_files.then_some(dir) };
+    if flush {
+        // While it runs, so that little is left to be flushed at the end.
+        flush::Flush::of(&found.job).sync()?;
+        phases.end("flush");
+    }
+    let how = How { stop, files: with_files.then_some(dir), flush };
     // Nobody waits for a job that will be ended.
-    let first = still(&found.job, prepared, how, !stop, &mut phases)?;
+    let first = still(&found.job, prepared, tracker.as_mut(), how, !stop, &mut phases)?;
     let taken = match first {
         Some(taken) => taken,
         // It changed how its memory behaves just before it was frozen: rare, and now everything is read while it is.
         None => {
-            let again = still(&found.job, engine.prepare(&found.job, stop)?, how, false, &mut phases)?;
+            if let Some(tracker) = &mut tracker {
+                tracker.begin_again();
+            }
+            let prepared = engine.prepare(&found.job, stop)?;
+            let again = still(&found.job, prepared, tracker.as_mut(), how, false, &mut phases)?;
             again.ok_or(DumpError::JobEnded)?
         }
     };
-    let Taken { collected, mut snapshot, pause, processes, threads, warnings, frozen } = taken;
+    let Taken { collected, mut snapshot, pause, processes, threads, mut warnings, frozen, flush } = taken;
+    let flushed_files = match flush {
+        Some(flush) => {
+            let n = flush.sync()?;
+            warnings.extend(flush.missed);
+            phases.end("flush");
+            Some(n)
+        }
+        None => None,
+    };
     let shared_bytes: u64 = collected.sources.iter().filter(|s| s.is_file()).map(Source::bytes).sum();
     let memory_bytes = found.memory_bytes + shared_bytes;
     let mut advance = |n| progress(n, memory_bytes);
-    let (summary, account) =
-        write::write(writer, collected, snapshot.as_mut(), &Pace::new(io_limit), &mut advance)?;
+    let (same, pace) = (tracker.as_ref().map_or(&[][..], Tracker::same), Pace::new(io_limit));
+    let (summary, account) = write::write(writer, collected, snapshot.as_mut(), same, &pace, &mut advance)?;
     phases.end("write");
-    Ok(DumpReport { summary, pause, phases, processes, threads, memory_bytes, account, warnings, frozen })
+    let incremental = tracker.map(Tracker::finish);
+    Ok(DumpReport {
+        summary,
+        pause,
+        processes,
+        threads,
+        memory_bytes,
+        account,
+        incremental,
+        flushed_files,
+        phases,
+        warnings,
+        frozen,
+    })
 }
 
 /// What remains of the time in which the job stood still.
@@ -131,6 +188,8 @@ struct Taken {
     threads: usize,
     warnings: Vec<String>,
     frozen: Option<freeze::FrozenJob>,
+    /// What it had written to when it was frozen.
+    flush: Option<flush::Flush>,
 }
 
 /// What is done while the job stands still.
@@ -140,12 +199,15 @@ struct How<'a> {
     stop: bool,
     /// Where the content of files that it is writing is kept, if it is.
     files: Option<&'a Path>,
+    /// Files that it has written to are opened, to be flushed.
+    flush: bool,
 }
 
 /// Freezes the job, which looked like `before`, and resumes it. None if what was to be assumed was not so.
 fn still(
     before: &Job,
     engine: Box<dyn Prepared>,
+    tracker: Option<&mut Tracker>,
     how: How<'_>,
     assume: bool,
     phases: &mut Phases,
@@ -160,12 +222,14 @@ fn still(
         crate::resource::saved_file::keep(&frozen.job, dir, &mut collected)?;
         phases.end("files");
     }
-    let mut snapshot = snapshot::take(engine, &mut frozen, &mut collected)?;
+    let mut snapshot = snapshot::take(engine, tracker, &mut frozen, &mut collected)?;
     phases.end("snapshot");
+    // All that was written until now has to be on the disk when the checkpoint is complete.
+    let flush = how.flush.then(|| flush::Flush::of(&frozen.job));
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());
     let frozen = if how.stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
     let pause = started.elapsed();
     phases.end("resume");
     let sound = crate::resource::memory_map::confirm(&mut collected, snapshot.as_mut())?;
-    Ok(sound.then_some(Taken { collected, snapshot, pause, processes, threads, warnings, frozen }))
+    Ok(sound.then_some(Taken { collected, snapshot, pause, processes, threads, warnings, frozen, flush }))
 }

@@ -15,7 +15,7 @@ use ckpt_sys::{Pid, libc, ptrace};
 /// the application sees a short count, which write(2) allows.
 pub fn continue_write(tid: Pid, r: &Registers) -> std::io::Result<()> {
     let Some(short) = arch::short_write(r) else { return Ok(()) };
-    if !blocks(tid, arch::first_argument(r)) {
+    if !blocks(tid, arch::first_argument(r)) || ptrace::dispatches_calls(tid)? {
         return Ok(());
     }
     let Some(padding) = padding_of(tid) else { return Ok(()) };

@@ -6,17 +6,22 @@ use crate::error::DumpError;
 use crate::model::memory::read_smaps;
 use crate::resource::Collected;
 use crate::snapshot::{Prepared, Snapshot};
+use crate::track::Tracker;
 
-/// Takes the snapshot.
+/// Takes the snapshot, of an incremental dump through the tracker.
 ///
 /// # Errors
 /// Those of the engine.
 pub fn take(
     engine: Box<dyn Prepared>,
+    tracker: Option<&mut Tracker>,
     frozen: &mut FrozenJob,
     collected: &mut Collected,
 ) -> Result<Box<dyn Snapshot>, DumpError> {
-    let snapshot = engine.snapshot(frozen, collected)?;
+    let snapshot = match tracker {
+        Some(tracker) => tracker.snapshot(engine, frozen, collected)?,
+        None => engine.snapshot(frozen, collected)?,
+    };
     for p in frozen.job.live().filter(|p| p.assumed_flags && !snapshot.keeps_mappings(p.pid)) {
         let vmas = read_smaps(p.host.as_raw()).map_err(DumpError::process(p.pid, "reading smaps"))?;
         collected.mappings.insert(p.pid, vmas);

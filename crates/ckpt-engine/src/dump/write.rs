@@ -5,15 +5,29 @@ use super::pace::Pace;
 use crate::error::DumpError;
 use crate::resource::{Collected, Content, Stored, in_order};
 use crate::snapshot::{Account, Snapshot};
-use ckpt_image::{Compression, Summary, Writer};
+use crate::track::{Same, Tracker};
+use ckpt_image::{Compression, Summary, WriteError, Writer};
 use std::path::Path;
 
-/// Creates the image's files in an empty directory.
+/// Creates the image's files in an empty directory: of an incremental image, if there is a parent to build it on.
 ///
 /// # Errors
 /// Those of the writer.
-pub fn start(dir: &Path, compression: Compression) -> Result<Writer, DumpError> {
-    Ok(Writer::create(dir, ckpt_sys::arch::cpu_features(), compression)?)
+pub fn start(
+    dir: &Path,
+    compression: Compression,
+    tracker: Option<&mut Tracker>,
+) -> Result<Writer, DumpError> {
+    let features = ckpt_sys::arch::cpu_features();
+    if let Some(tracker) = tracker
+        && let Some(parent) = tracker.parent()
+    {
+        match Writer::create_incremental(dir, features, compression, parent) {
+            Err(e @ WriteError::Parent { .. }) => tracker.no_parent(e.to_string()),
+            writer => return Ok(writer?),
+        }
+    }
+    Ok(Writer::create(dir, features, compression)?)
 }
 
 /// Writes everything and syncs it.
@@ -24,6 +38,7 @@ pub fn write(
     mut writer: Writer,
     mut collected: Collected,
     snapshot: &mut dyn Snapshot,
+    same: &[Vec<Same>],
     pace: &Pace,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(Summary, Account), DumpError> {
@@ -42,6 +57,7 @@ pub fn write(
         let mut cx = Content {
             snapshot: &mut *snapshot,
             sources: &collected.sources,
+            same,
             deferred: &collected.deferred,
             kept: &collected.kept,
             stored: &mut stored,
@@ -53,6 +69,9 @@ pub fn write(
     }
     // What it holds is given back before the image is brought to the disk.
     let account = snapshot.finish()?;
+    // Content on its way to the files has not been waited for.
+    writer.settle()?;
+    pace.wait(writer.bytes_written());
     ckpt_sys::hook::point();
     Ok((writer.finish()?, account))
 }

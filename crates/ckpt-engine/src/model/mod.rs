@@ -40,8 +40,22 @@ pub struct JobInfo {
     pub sysv_objects: u64,
     /// System V semaphore sets there.
     pub semaphore_sets: u64,
+    /// Processes whose memory ckpt itself watches for writes.
+    pub tracked: Vec<process::ProcessId>,
     /// Its restore has made its memory mergeable (MADV_MERGEABLE), which the application did not ask for.
     pub mergeable: bool,
+    /// What to do about its TCP connections.
+    pub tcp: TcpPolicy,
+}
+
+/// What a dump does about TCP connections, which can't be kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TcpPolicy {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// A restored job finds them reset by their peers.
+    Close,
 }
 
 /// A descriptor the job was started with.

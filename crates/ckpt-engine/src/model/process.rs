@@ -12,6 +12,22 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::path::Path;
 
+/// A process, told from another that has its pid later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ProcessId {
+    /// Its pid, as the job sees it.
+    pub pid: i32,
+    /// When it started, in clock ticks (proc_pid_stat(5)).
+    pub started: u64,
+}
+
+impl ProcessId {
+    /// That of a process.
+    pub fn of(p: &Process) -> ProcessId {
+        ProcessId { pid: p.pid, started: p.stat.starttime }
+    }
+}
+
 /// A thread.
 #[derive(Debug)]
 pub struct Task {

@@ -10,7 +10,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::FileStat;
 use crate::model::memory::Vma;
-use crate::model::process::Process;
+use crate::model::process::{Process, ProcessId};
 use crate::restore::build_tree::{Build, open_call};
 use crate::restore::fill_memory::is_private_anonymous;
 use crate::restore::plan::VDSO_ROOM;
@@ -19,6 +19,7 @@ use ckpt_image::codec::{Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::area::AREA_BYTES;
 use ckpt_sys::inject::Query;
+use ckpt_sys::memory::PAGE;
 use ckpt_sys::{Errno, Pid, libc};
 
 /// Version of [`MemoryMapRecord`].
@@ -147,7 +148,7 @@ pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
 /// Flags that need nothing, or are restored by other means than madvise.
 const KNOWN_FLAGS: &[&str] = &[
     "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "ar", "sf", "mm",
-    "nl",
+    "nl", "uw",
 ];
 
 /// Flags that madvise(2) sets.
@@ -182,7 +183,7 @@ fn named(v: &Vma) -> String {
     if v.name.is_empty() { at } else { format!("{at} ({})", v.name) }
 }
 
-fn refuse_flags(pid: i32, v: &Vma, named: &str, refusals: &mut Refusals) {
+fn refuse_flags(pid: i32, v: &Vma, named: &str, tracked: bool, refusals: &mut Refusals) {
     if v.has("io") || v.has("pf") {
         refusals.process(
             pid,
@@ -195,7 +196,7 @@ fn refuse_flags(pid: i32, v: &Vma, named: &str, refusals: &mut Refusals) {
             format!("{named} is hugetlb memory"),
             "not supported; use transparent huge pages",
         );
-    } else if v.has("um") || v.has("uw") || v.has("ui") {
+    } else if v.has("um") || v.has("ui") || v.has("uw") && !tracked {
         refusals.process(pid, format!("{named} is watched by userfaultfd"), "not supported");
     } else if v.protection_key != 0 {
         refusals.process(pid, format!("{named} has a protection key"), "not supported");
@@ -238,7 +239,7 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     } else if v.name.starts_with("/SYSV") {
         refusals.process(p.pid, format!("{named} is System V shared memory"), "not supported");
     } else {
-        refuse_flags(p.pid, v, &named, refusals);
+        refuse_flags(p.pid, v, &named, job.info.tracked.contains(&ProcessId::of(p)), refusals);
     }
     if v.is_file() && !v.deleted && !super::shared_object::is_memory_object(v) {
         match std::fs::metadata(job.outside(&v.name)) {
@@ -271,7 +272,7 @@ pub fn confirm(collected: &mut Collected, snapshot: &mut dyn Snapshot) -> Result
             return Ok(false);
         }
         for v in vmas.iter().filter(|v| !v.is_vdso_part()) {
-            refuse_flags(*pid, v, &named(v), &mut refusals);
+            refuse_flags(*pid, v, &named(v), collected.tracked.contains(pid), &mut refusals);
         }
         collected.mappings.insert(*pid, vmas);
     }
@@ -400,6 +401,9 @@ impl MemoryMapResource {
         use std::os::unix::ffi::OsStrExt;
         let exe = exe.as_os_str().as_bytes().to_vec();
         let record = MemoryMapRecord { object, vmas, files, fields, auxv, exe, vdso_hash: hash, write_code };
+        if cx.job.info.tracked.contains(&ProcessId::of(p)) {
+            cx.out.tracked.insert(p.pid);
+        }
         if p.assumed_flags {
             let assumed = p.vmas.iter().map(|v| (v.start, v.end, v.has("wf"))).collect();
             cx.out.assumed.insert(p.pid, assumed);
@@ -472,6 +476,22 @@ impl MemoryMapResource {
                 }
             })?;
         }
+        // What `keep_together` has put there goes before anything is filled; a huge page of it may reach into a neighbour.
+        let mut anonymous: Vec<(u64, u64)> = Vec::new();
+        for v in mapped.iter().filter(|v| is_private_anonymous(v)) {
+            match anonymous.last_mut() {
+                Some(last) if last.1 == v.start => last.1 = v.end,
+                _ => anonymous.push((v.start, v.end)),
+            }
+        }
+        for chunk in anonymous.chunks(400) {
+            cx.run(pid, |b| {
+                for (start, end) in chunk {
+                    let args = [*start, end - start, libc::MADV_DONTNEED as u64];
+                    b.call(format!("emptying {start:#x}-{end:#x}"), libc::SYS_madvise, &args);
+                }
+            })?;
+        }
         Ok(())
     }
 }
@@ -479,6 +499,17 @@ impl MemoryMapResource {
 /// Bytes from address 0 to the area.
 fn cx_hole(room: u64) -> u64 {
     room - AREA_BYTES as u64
+}
+
+/// Has a page made in an empty mapping. The kernel merges only what shares the list by which it finds the mappings of a page (anon_vma), and
+/// makes that at the first page. Filling registers parts of mappings with userfaultfd, which are mappings of their own for a while:
+/// each would make its list, they would stay apart, and mremap(2) could no longer move what was one mapping.
+fn keep_together(b: &mut ckpt_sys::area::Batch<'_>, v: &VmaRecord) {
+    const HUGE: u64 = 2 << 20;
+    // Where a huge page can't be, if there is such a place.
+    let at = if v.start.is_multiple_of(HUGE) { v.end - PAGE } else { v.start };
+    let args = [at, PAGE, libc::MADV_POPULATE_WRITE as u64];
+    b.call(format!("making a page at {at:#x}"), libc::SYS_madvise, &args);
 }
 
 fn map_one(
@@ -505,6 +536,9 @@ fn map_one(
         None => {
             let flags = (flags | libc::MAP_ANONYMOUS) as u64;
             b.call(what, libc::SYS_mmap, &[v.start, length, prot as u64, flags, u64::MAX, 0]);
+            if v.has_pages && !shared {
+                keep_together(b, v);
+            }
             // Before the pages come: it decides their size.
             for a in v.advice.iter().filter(|a| is_page_size(**a)) {
                 b.call(format!("madvise {a}"), libc::SYS_madvise, &[v.start, length, *a as u64]);

@@ -34,6 +34,7 @@ use crate::model::memory::Vma;
 use crate::model::process::{Process, Task};
 use crate::restore::build_tree::Build;
 use crate::snapshot::{From, Piece, Snapshot, Source};
+use crate::track::Same;
 use ckpt_image::codec::{self, Decode, Encode};
 use ckpt_image::{Record, Writer, ZeroPages};
 use ckpt_sys::inject::{Live, Query};
@@ -75,6 +76,8 @@ pub struct Collected {
     pub deferred: Vec<Deferred>,
     /// Mappings by pid, where the flags in the job are assumed: bounds, and whether MADV_WIPEONFORK is.
     pub assumed: std::collections::BTreeMap<i32, Vec<(u64, u64, bool)>>,
+    /// Processes whose memory ckpt watches.
+    pub tracked: std::collections::BTreeSet<i32>,
     /// Mappings by pid with flags that are not assumed.
     pub mappings: std::collections::BTreeMap<i32, Vec<Vma>>,
     /// Shared objects by device and inode.
@@ -203,6 +206,8 @@ pub struct Content<'a> {
     pub snapshot: &'a mut dyn Snapshot,
     /// All sources that were snapshotted.
     pub sources: &'a [Source],
+    /// By source: pages that are those of the parent.
+    pub same: &'a [Vec<Same>],
     /// Records that were left for now.
     pub deferred: &'a [Deferred],
     /// Content of files that the job is writing.
@@ -240,32 +245,51 @@ impl Content<'_> {
             let pace = self.pace;
             self.snapshot.stream(index, source, &mut |piece| {
                 ckpt_sys::hook::point();
-                let (offset, bytes) = match piece {
-                    Piece::Data(offset, data) => {
-                        writer.pages(object, offset, data, zeros)?;
-                        (offset, data.len() as u64)
-                    }
-                    Piece::Zero(offset, bytes) => {
-                        let mut at = 0;
-                        while zeros == ZeroPages::Record && at < bytes {
-                            let n = (bytes - at).min(ZEROS.len() as u64);
-                            writer.pages(object, offset + at, &ZEROS[..n as usize], zeros)?;
-                            at += n;
-                        }
-                        (offset, bytes)
-                    }
-                };
+                let (offset, bytes) = put(writer, object, zeros, piece)?;
                 stored.add(source, offset);
                 progress(bytes);
                 pace.wait(writer.bytes_written());
                 Ok(())
             })?;
+            for s in self.same.get(index).into_iter().flatten() {
+                self.writer.same(object, s.offset, s.bytes, s.parent_object)?;
+                self.stored.add(source, s.offset);
+                (self.progress)(s.bytes);
+            }
         }
         Ok(())
     }
 }
 
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+
+/// Writes a piece of an object; returns its offset and length in bytes.
+fn put(
+    writer: &mut Writer,
+    object: u64,
+    zeros: ZeroPages,
+    piece: Piece<'_>,
+) -> Result<(u64, u64), DumpError> {
+    Ok(match piece {
+        Piece::Data(offset, data) => {
+            writer.pages(object, offset, data, zeros)?;
+            (offset, data.len() as u64)
+        }
+        Piece::Unread(offset, bytes, fill) => {
+            writer.pages_with(object, offset, bytes, zeros, fill)?;
+            (offset, bytes as u64)
+        }
+        Piece::Zero(offset, bytes) => {
+            let mut at = 0;
+            while zeros == ZeroPages::Record && at < bytes {
+                let n = (bytes - at).min(ZEROS.len() as u64);
+                writer.pages(object, offset + at, &ZEROS[..n as usize], zeros)?;
+                at += n;
+            }
+            (offset, bytes)
+        }
+    })
+}
 
 /// One kind of kernel resource.
 pub trait Resource: Sync {
@@ -376,6 +400,7 @@ pub static REGISTRY: &[&dyn Resource] = &[
     &fd::signalfd::SignalfdResource,
     &fd::timerfd::TimerfdResource,
     &fd::unix_socket::UnixSocketResource,
+    &fd::tcp_socket::TcpSocketResource,
     &fd::table::FdTableResource,
     &fd::file_lock::FileLockResource,
 ];

@@ -5,13 +5,12 @@
 //! image, as pages of an object, when the job runs again. What SQLite keeps beside a database goes with it: a journal that
 //! was not there at the dump must not be there after the rollback. See [`crate::restore::rollback`].
 
-use super::{At, Collect, Collected, Content, NewRecord, Resource, decode, nothing_to_do};
+use super::{At, Collect, Collected, Content, NewRecord, Resource, decode, nothing_to_do, put};
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::FileStat;
 use crate::restore::build_tree::Build;
-use crate::snapshot::Piece;
 use ckpt_image::codec::{self, Decode, Encode};
 use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::libc;
@@ -215,11 +214,9 @@ impl Resource for SavedFileResource {
             crate::snapshot::read_file(&file.into(), kept.bytes, PIECE, &mut |piece| {
                 ckpt_sys::hook::point();
                 // Holes are not stored, and zero pages are none.
-                if let Piece::Data(offset, data) = piece {
-                    writer.pages(kept.object, offset, data, ZeroPages::Elide)?;
-                    progress(data.len() as u64);
-                    pace.wait(writer.bytes_written());
-                }
+                let (_, bytes) = put(writer, kept.object, ZeroPages::Elide, piece)?;
+                progress(bytes);
+                pace.wait(writer.bytes_written());
                 Ok(())
             })?;
         }

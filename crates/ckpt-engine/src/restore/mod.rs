@@ -9,6 +9,7 @@ pub mod fill_memory;
 pub mod page_keeper;
 pub mod page_server;
 pub mod plan;
+pub mod ports;
 pub mod read;
 pub mod resume;
 pub mod rollback;

@@ -177,6 +177,7 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
             });
         }
     }
+    conflicts.extend(super::ports::conflicts(image, &[])?);
     if image.job.uid != nix::unistd::geteuid().as_raw() && !nix::unistd::geteuid().is_root() {
         conflicts.push(Conflict {
             what: request.label.clone(),
@@ -285,7 +286,7 @@ fn judge_files(
     Ok(())
 }
 
-/// Files of the image that several copies of it would write.
+/// Files of the image that several copies of it would write, and ports that they would take.
 ///
 /// # Errors
 /// If a record does not decode.
@@ -294,15 +295,12 @@ pub fn copy_conflicts(image: &Image) -> Result<Conflicts, RestoreError> {
     let shared = |path: &[u8]| !path.starts_with(b"/dev/shm/");
     let written =
         files(image)?.into_iter().filter(|(path, u)| (u.writers || u.mapped_writable) && shared(path));
-    Ok(Conflicts(
-        written
-            .map(|(path, _)| Conflict {
-                what: String::from_utf8_lossy(&path).into_owned(),
-                why: "the job has it open for writing, and several copies would write to it".to_owned(),
-                advice: "restore one at a time".to_owned(),
-            })
-            .collect(),
-    ))
+    let written = written.map(|(path, _)| Conflict {
+        what: String::from_utf8_lossy(&path).into_owned(),
+        why: "the job has it open for writing, and several copies would write to it".to_owned(),
+        advice: "restore one at a time".to_owned(),
+    });
+    Ok(Conflicts(written.chain(super::ports::copy_conflicts(image)?).collect()))
 }
 
 /// Whether the application has itself made memory mergeable: then what is shared is its own affair.
@@ -319,7 +317,8 @@ pub fn is_mergeable_by_itself(image: &Image) -> Result<bool, RestoreError> {
     Ok(false)
 }
 
-/// Files of the image that another live job holds open for writing. Called outside, where those jobs can be seen.
+/// Files of the image that another live job holds open for writing, and ports that somebody has. Called outside, where
+/// those can be seen.
 ///
 /// # Errors
 /// If a record does not decode.
@@ -352,5 +351,6 @@ pub fn live_conflicts(image: &Image, jobs: &[(String, i32)]) -> Result<Conflicts
     }
     out.0.sort();
     out.0.dedup_by(|a, b| a.what == b.what);
+    out.0.extend(super::ports::conflicts(image, jobs)?);
     Ok(out)
 }

@@ -41,16 +41,26 @@ impl Engine for Copy {
 }
 
 /// Keeps one piece of a source. Memory nobody has written to need not be held, where it isn't stored either.
-pub fn keep(pieces: &mut Pieces, source: &Source, piece: Piece<'_>) {
+///
+/// # Errors
+/// If it can't be read.
+pub fn keep(pieces: &mut Pieces, source: &Source, piece: Piece<'_>) -> Result<(), DumpError> {
     ckpt_sys::hook::point();
     let record = source.zeros == ZeroPages::Record;
-    match piece {
-        Piece::Data(offset, data) if record || data.iter().any(|b| *b != 0) => {
-            pieces.push((offset, data.to_vec()));
+    let (offset, data) = match piece {
+        Piece::Data(offset, data) => (offset, data.to_vec()),
+        Piece::Unread(offset, bytes, fill) => {
+            let mut data = vec![0; bytes];
+            fill(&mut data)?;
+            (offset, data)
         }
-        Piece::Zero(offset, bytes) if record => pieces.push((offset, vec![0; bytes as usize])),
-        Piece::Data(..) | Piece::Zero(..) => {}
+        Piece::Zero(offset, bytes) if record => (offset, vec![0; bytes as usize]),
+        Piece::Zero(..) => return Ok(()),
+    };
+    if record || data.iter().any(|b| *b != 0) {
+        pieces.push((offset, data));
     }
+    Ok(())
 }
 
 impl Prepared for Ready {
@@ -66,10 +76,7 @@ impl Prepared for Ready {
         let mut sources = Vec::with_capacity(collected.sources.len());
         for s in &collected.sources {
             let mut pieces = Pieces::new();
-            read_source(s, PIECE_BYTES, &mut |piece| {
-                keep(&mut pieces, s, piece);
-                Ok(())
-            })?;
+            read_source(s, PIECE_BYTES, &mut |piece| keep(&mut pieces, s, piece))?;
             sources.push(pieces);
         }
         let held_bytes = sources.iter().flatten().map(|(_, d)| d.len() as u64).sum();

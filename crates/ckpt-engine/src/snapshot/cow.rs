@@ -276,16 +276,7 @@ impl Prepared for Ready {
             (true, true) => super::copy::NAME,
         };
         let account = Account { engine, reasons: reasons.into_texts(), held_bytes, duplicated_bytes: None };
-        Ok(Box::new(Copies {
-            parts,
-            account,
-            guard,
-            copies,
-            kept,
-            reader: None,
-            buf: Vec::new(),
-            settled: false,
-        }))
+        Ok(Box::new(Copies { parts, account, guard, copies, kept, reader: None, settled: false }))
     }
 }
 
@@ -300,10 +291,7 @@ fn hold(
     let mut pieces = Pieces::new();
     let mut parts = Vec::new();
     let From::Process { host, pid, ranges } = &source.from else {
-        read_source(source, PIECE_BYTES, &mut |piece| {
-            keep(&mut pieces, source, piece);
-            Ok(())
-        })?;
+        read_source(source, PIECE_BYTES, &mut |piece| keep(&mut pieces, source, piece))?;
         *held_bytes += bytes_of(&pieces);
         return Ok(vec![Part::Held(pieces)]);
     };
@@ -335,10 +323,7 @@ fn hold(
             Some(r) => r,
             none => none.insert(pages::Reader::open(*host, *pid)?),
         };
-        reader.read_range(r, PIECE_BYTES, &mut |piece| {
-            keep(&mut pieces, source, piece);
-            Ok(())
-        })?;
+        reader.read_range(r, PIECE_BYTES, &mut |piece| keep(&mut pieces, source, piece))?;
         let bytes = bytes_of(&pieces);
         if bytes > 0 {
             if let (Some(why), true) = (r.lost_in_fork, forked) {
@@ -364,7 +349,6 @@ struct Copies {
     copies: BTreeMap<i32, CopyProcess>,
     kept: BTreeMap<i32, Kept>,
     reader: Option<(i32, pages::Reader)>,
-    buf: Vec<u8>,
     settled: bool,
 }
 
@@ -412,7 +396,7 @@ impl Snapshot for Copies {
                 }
                 Part::Kept(pid, range) => {
                     let Some(kept) = self.kept.get(&pid) else { return Err(DumpError::CopyLost { pid }) };
-                    kept.read_range(&range, PIECE_BYTES, &mut self.buf, sink)?;
+                    kept.read_range(&range, PIECE_BYTES, sink)?;
                 }
                 Part::Forked(pid, ranges) => {
                     let done = self.stream_forked(pid, &ranges, sink);

@@ -24,7 +24,7 @@ pub struct Guard {
 
 #[derive(Debug)]
 struct Shared {
-    copies: Vec<(Pid, Limits)>,
+    copies: Vec<Pid>,
     duplicate_limit_bytes: Option<u64>,
     state: Mutex<State>,
     over: Condvar,
@@ -45,7 +45,7 @@ enum Verdict {
 impl Guard {
     /// For these copies; nothing is done before [`Guard::start`].
     pub fn new(copies: &BTreeMap<i32, CopyProcess>, duplicate_limit_bytes: Option<u64>) -> Guard {
-        let copies = copies.values().map(|c| (c.pid(), Limits::of(c.pid()))).collect();
+        let copies = copies.values().map(CopyProcess::pid).collect();
         let (state, over) = (Mutex::default(), Condvar::new());
         Guard { shared: Arc::new(Shared { copies, duplicate_limit_bytes, state, over }), thread: None }
     }
@@ -86,11 +86,13 @@ impl Shared {
     }
 
     fn watch(&self) {
+        // Only now: it reads many files, and nobody stands still any more.
+        let limits: Vec<Limits> = self.copies.iter().map(|copy| Limits::of(*copy)).collect();
         let mut next_count = Instant::now();
         let mut state = self.lock();
         while !state.stop && state.verdict.is_none() {
             drop(state);
-            let verdict = self.tight().or_else(|| {
+            let verdict = tight(&limits).or_else(|| {
                 let limit_bytes = self.duplicate_limit_bytes?;
                 let now = Instant::now();
                 if now < next_count {
@@ -104,7 +106,7 @@ impl Shared {
             if verdict.is_some() {
                 // Told before they are killed, so that whoever finds them dead knows why.
                 state.verdict = verdict;
-                for (copy, _) in &self.copies {
+                for copy in &self.copies {
                     let _ = ckpt_sys::task::kill(*copy, libc::SIGKILL);
                 }
                 return;
@@ -115,16 +117,16 @@ impl Shared {
         }
     }
 
-    fn tight(&self) -> Option<Verdict> {
-        self.copies.iter().filter_map(|(_, limits)| limits.room()).find_map(|room| {
-            let (group, free_bytes) = (room.group, room.free_bytes);
-            (free_bytes < room.reserve_bytes).then_some(Verdict::Tight { group, free_bytes })
-        })
-    }
-
     fn duplicated_bytes(&self) -> u64 {
-        self.copies.iter().map(|(copy, _)| private_dirty_bytes(*copy)).sum()
+        self.copies.iter().map(|copy| private_dirty_bytes(*copy)).sum()
     }
+}
+
+fn tight(limits: &[Limits]) -> Option<Verdict> {
+    limits.iter().filter_map(Limits::room).find_map(|room| {
+        let (group, free_bytes) = (room.group, room.free_bytes);
+        (free_bytes < room.reserve_bytes).then_some(Verdict::Tight { group, free_bytes })
+    })
 }
 
 /// Bytes that a process maps alone and that are not clean pages of a file (/proc/pid/smaps_rollup).

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The `kmod` engine: `/dev/ckpt` keeps the private memory of every process in one walk of its page tables. What it doesn't
 //! take (shared memory, pages under I/O) is copied while the job is frozen; a process that it refuses is forked or
-//! copied as by [`super::cow`]. See docs/adr/0018-attach-by-injection.md.
+//! copied as by [`super::cow`]. See docs/adr/0019-attach-by-injection.md.
 //!
 //! A process attaches its own memory: open, ioctl and close are injected into its main thread, and the session is taken
 //! out in between. Whatever becomes of the dumper, the injected code closes the descriptor before the process goes on.
@@ -222,13 +222,7 @@ impl Kept {
     ///
     /// # Errors
     /// If they can't be read, and those of the sink.
-    pub fn read_range(
-        &self,
-        range: &Range,
-        piece: usize,
-        buf: &mut Vec<u8>,
-        sink: &mut Sink<'_>,
-    ) -> Result<(), DumpError> {
+    pub fn read_range(&self, range: &Range, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         let offset = |va: u64| range.offset + (va - range.addr);
         self.runs(range.addr, range.addr + range.bytes, KIND_DATA | KIND_ZERO, &mut |va, bytes, kind| {
             if kind == KIND_ZERO {
@@ -237,12 +231,11 @@ impl Kept {
             let mut done = 0;
             while done < bytes {
                 let n = (bytes - done).min(piece as u64) as usize;
-                if buf.len() < n {
-                    buf.resize(n, 0);
-                }
-                let what = format!("reading {n} bytes at {:#x} from the kernel module", va + done);
-                self.snapshot.read(va + done, &mut buf[..n]).map_err(DumpError::process(self.pid, what))?;
-                sink(Piece::Data(offset(va + done), &buf[..n]))?;
+                let at = va + done;
+                sink(Piece::Unread(offset(at), n, &mut |buf| {
+                    let what = || format!("reading {n} bytes at {at:#x} from the kernel module");
+                    self.snapshot.read(at, buf).map_err(|e| DumpError::process(self.pid, what())(e))
+                }))?;
                 done += n as u64;
             }
             Ok(())

@@ -97,11 +97,15 @@ impl Source {
     }
 }
 
+/// Reads a piece to where it is to be.
+pub type Fill<'a> = dyn FnMut(&mut [u8]) -> Result<(), DumpError> + 'a;
+
 /// Whole pages of a source. A piece lies within one range of its source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Piece<'a> {
     /// Offset in the object, data.
     Data(u64, &'a [u8]),
+    /// Offset in the object, length in bytes (1 MiB at most), and what reads them, so that they need not be copied again.
+    Unread(u64, usize, &'a mut Fill<'a>),
     /// Offset in the object, length in bytes: zero pages.
     Zero(u64, u64),
 }
@@ -189,7 +193,7 @@ pub fn private_bytes(job: &Job) -> u64 {
 pub fn read_source(source: &Source, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
     match &source.from {
         From::Process { host, pid, ranges } => {
-            let mut reader = pages::Reader::open(*host, *pid)?;
+            let reader = pages::Reader::open(*host, *pid)?;
             ranges.iter().try_for_each(|r| reader.read_range(r, piece, sink))
         }
         From::File { fd, bytes } => read_file(fd, *bytes, piece, sink),
@@ -206,7 +210,6 @@ pub fn read_file(fd: &OwnedFd, bytes: u64, piece: usize, sink: &mut Sink<'_>) ->
     let err =
         |e: std::io::Error| DumpError::Process { pid: 0, what: "reading a file's content".into(), source: e };
     let file = std::fs::File::from(fd.try_clone().map_err(err)?);
-    let mut buf = vec![0u8; piece];
     let mut at = 0;
     while at < bytes {
         // Holes are not read, which would fill them in shared memory.
@@ -218,15 +221,17 @@ pub fn read_file(fd: &OwnedFd, bytes: u64, piece: usize, sink: &mut Sink<'_>) ->
         while at < end {
             let n = ((end - at).min(piece as u64)) as usize;
             let padded = n.next_multiple_of(PAGE as usize);
-            buf[..padded].fill(0);
-            let mut got = 0;
-            while got < n {
-                match file.read_at(&mut buf[got..n], at + got as u64).map_err(err)? {
-                    0 => break,
-                    k => got += k,
+            sink(Piece::Unread(at, padded, &mut |buf| {
+                let mut got = 0;
+                while got < n {
+                    match file.read_at(&mut buf[got..n], at + got as u64).map_err(err)? {
+                        0 => break,
+                        k => got += k,
+                    }
                 }
-            }
-            sink(Piece::Data(at, &buf[..padded]))?;
+                buf[got..].fill(0);
+                Ok(())
+            }))?;
             at += padded as u64;
         }
     }

@@ -24,7 +24,6 @@ pub struct Reader {
     pagemap: File,
     /// Where there is no PAGEMAP_SCAN: starts of the mappings that have private pages.
     inhabited: Option<BTreeSet<u64>>,
-    buf: Vec<u8>,
 }
 
 impl Reader {
@@ -45,7 +44,7 @@ impl Reader {
             }
             _ => None,
         };
-        Ok(Reader { pid, memory, pagemap, inhabited, buf: Vec::new() })
+        Ok(Reader { pid, memory, pagemap, inhabited })
     }
 
     /// Stretches with private pages from `start` on, as (address, bytes), and where the look ended, at `end` at most.
@@ -71,7 +70,7 @@ impl Reader {
     ///
     /// # Errors
     /// If a page can't be read, and those of the sink.
-    pub fn read_range(&mut self, r: &Range, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+    pub fn read_range(&self, r: &Range, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         let end = r.addr + r.bytes;
         if r.pages == Pages::Private && self.inhabited.as_ref().is_some_and(|i| !i.contains(&r.addr)) {
             return Ok(());
@@ -86,8 +85,8 @@ impl Reader {
                 let mut done = 0;
                 while done < bytes {
                     let n = (bytes - done).min(piece as u64) as usize;
-                    self.read(addr + done, n)?;
-                    sink(Piece::Data(r.offset + (addr + done - r.addr), &self.buf[..n]))?;
+                    let at = addr + done;
+                    sink(Piece::Unread(r.offset + (at - r.addr), n, &mut |buf| self.read(at, buf)))?;
                     done += n as u64;
                 }
             }
@@ -96,20 +95,14 @@ impl Reader {
         Ok(())
     }
 
-    fn read(&mut self, addr: u64, bytes: usize) -> Result<(), DumpError> {
-        if self.buf.len() < bytes {
-            self.buf.resize(bytes, 0);
-        }
-        let buf = &mut self.buf[..bytes];
+    fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), DumpError> {
         // By /proc/pid/mem, which reaches pages that the process itself may not read. process_vm_readv(2) pins what it reads,
         // for which the kernel makes a private copy of every page that is shared by fork.
-        let what = || format!("reading {bytes} bytes of memory at {addr:#x}");
         self.memory.read(addr, buf).map_err(|source| DumpError::Process {
             pid: self.pid,
-            what: what(),
+            what: format!("reading {} bytes of memory at {addr:#x}", buf.len()),
             source,
-        })?;
-        Ok(())
+        })
     }
 }
 

@@ -56,15 +56,16 @@ impl Prepared for Spill {
         for s in &collected.sources {
             let mut list = Vec::new();
             read_source(s, PIECE_BYTES, &mut |piece| {
-                let zeros;
                 let (offset, data) = match piece {
-                    Piece::Data(offset, data) => (offset, data),
-                    Piece::Zero(offset, bytes) => {
-                        zeros = vec![0; bytes as usize];
-                        (offset, zeros.as_slice())
+                    Piece::Data(offset, data) => (offset, data.to_vec()),
+                    Piece::Unread(offset, bytes, fill) => {
+                        let mut data = vec![0; bytes];
+                        fill(&mut data)?;
+                        (offset, data)
                     }
+                    Piece::Zero(offset, bytes) => (offset, vec![0; bytes as usize]),
                 };
-                out.write_all(data).map_err(err)?;
+                out.write_all(&data).map_err(err)?;
                 list.push((offset, at, data.len()));
                 at += data.len() as u64;
                 Ok(())

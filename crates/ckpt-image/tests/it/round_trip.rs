@@ -115,6 +115,46 @@ fn everything_reads_back() {
 }
 
 #[test]
+fn content_is_put_in_place_by_the_caller() {
+    let mut random = Random(seed("content_is_put_in_place_by_the_caller"));
+    for compression in ALL {
+        let scratch = Scratch::new("in-place");
+        let (given, put) = (scratch.dir("1"), scratch.dir("2"));
+        let mut writer = Writer::create(&given, sample_features(), compression).unwrap();
+        let mut other = Writer::create(&put, sample_features(), compression).unwrap();
+        for n in 0..6 {
+            let data = random_content(&mut random);
+            for (i, piece) in data.chunks(1 << 20).enumerate() {
+                let offset = ((n * 64 + i) << 20) as u64;
+                writer.pages(7, offset, piece, ZeroPages::Record).unwrap();
+                let fill = |buffer: &mut [u8]| {
+                    buffer.copy_from_slice(piece);
+                    Ok::<_, WriteError>(())
+                };
+                other.pages_with(7, offset, piece.len(), ZeroPages::Record, fill).unwrap();
+            }
+        }
+        let (summary, other) = (writer.finish().unwrap(), other.finish().unwrap());
+        assert_eq!(summary, other);
+        assert!(
+            fs::read(given.join("pages")).unwrap()[PAGE_SIZE..]
+                == fs::read(put.join("pages")).unwrap()[PAGE_SIZE..]
+        );
+    }
+}
+
+#[test]
+fn content_that_cannot_be_had_ends_the_image() {
+    let scratch = Scratch::new("not-filled");
+    let mut writer = Writer::create(scratch.path(), sample_features(), Compression::None).unwrap();
+    let too_long = writer.pages_with(1, 0, (1 << 20) + PAGE_SIZE, ZeroPages::Elide, |_| Ok(()));
+    assert!(matches!(too_long, Err(WriteError::BadRange { .. })));
+    let lost = writer.pages_with(1, 0, PAGE_SIZE, ZeroPages::Elide, |_| Err(WriteError::Incomplete));
+    assert!(matches!(lost, Err(WriteError::Incomplete)));
+    assert!(matches!(writer.finish(), Err(WriteError::Incomplete)));
+}
+
+#[test]
 fn compression_makes_text_smaller() {
     let size = |compression| {
         let scratch = Scratch::new("pack");

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use ckpt_image::{Compression, Identity, PAGE_SIZE, Writer, ZeroPages};
+use ckpt_image::{Compression, Identity, PAGE_SIZE, Parent, Writer, ZeroPages};
 
 /// A directory that is removed when dropped.
 pub struct Scratch(PathBuf);
@@ -95,5 +95,22 @@ pub fn write_sample(dir: &Path, compression: Compression) {
     writer.pages(10, 0x7000, &data, ZeroPages::Record).unwrap();
     writer.pages(11, 0, &data, ZeroPages::Elide).unwrap();
     writer.pages(10, 0x1000, &Random(1).bytes(PAGE_SIZE), ZeroPages::Record).unwrap();
+    writer.finish().unwrap();
+}
+
+/// Writes an image on top of [`write_sample`]'s in `../1`: pages that are its, also of another object and of zeros, pages
+/// anew, and pages that are listed no more.
+pub fn write_incremental_sample(dir: &Path) {
+    let identity = Identity { id: *b"fedcba9876543210", created_unix_ns: SAMPLE_CREATED_NS + 1 };
+    let fd = fs::File::open(dir).unwrap();
+    let parent = Parent { id: SAMPLE_ID, number: 1 };
+    let mut writer =
+        Writer::create_incremental_at(fd.into(), dir, sample_features(), Compression::None, identity, parent)
+            .unwrap();
+    writer.record(3, 2, 4, 5, b"of the second").unwrap();
+    writer.same(10, 0x7000, 0x2000, 10).unwrap();
+    writer.same(12, 0, 0x1000, 11).unwrap();
+    writer.pages(10, 0x2000, &text_page("second page "), ZeroPages::Record).unwrap();
+    writer.pages(12, 0x1000, &[0; PAGE_SIZE], ZeroPages::Record).unwrap();
     writer.finish().unwrap();
 }

@@ -77,7 +77,7 @@ const ERESTART_RESTARTBLOCK: i64 = -516;
 
 /// System calls that return EINTR after a ptrace interrupt although no signal came (the kernel does not restart them
 /// by itself; signal(7), "Interruption of system calls by stop signals").
-const EINTR_AFTER_STOP: [i64; 13] = [
+const EINTR_AFTER_STOP: [i64; 17] = [
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
@@ -86,11 +86,16 @@ const EINTR_AFTER_STOP: [i64; 13] = [
     libc::SYS_recvmmsg,
     libc::SYS_sendto,
     libc::SYS_sendmsg,
+    libc::SYS_sendmmsg,
     libc::SYS_semop,
     libc::SYS_semtimedop,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_io_getevents,
+    // Of sockets that have a timeout.
     libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_write,
+    libc::SYS_writev,
 ];
 
 /// What a stop did to the system call the task was in.

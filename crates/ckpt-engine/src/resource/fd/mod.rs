@@ -12,6 +12,7 @@ pub mod pipe;
 pub mod regular_file;
 pub mod signalfd;
 pub mod table;
+pub mod tcp_socket;
 pub mod timerfd;
 pub mod tty;
 pub mod unix_socket;
@@ -112,8 +113,8 @@ pub fn unsupported(f: &OpenFile) -> (String, &'static str) {
         (format!("RDMA device {target}"), "RDMA users can't be checkpointed")
     } else if starts("socket:") {
         (
-            format!("{target}, a network, listening or named socket"),
-            "only unix socket pairs are supported; close it first",
+            format!("{target}, neither of TCP nor of an unnamed unix socket pair"),
+            "other sockets are not supported; close it first",
         )
     } else if starts("anon_inode:") {
         (target.clone(), "not supported; close it first")

@@ -67,6 +67,7 @@ impl Resource for FdTableResource {
             Kind::External,
             Kind::Signalfd,
             Kind::Timerfd,
+            Kind::TcpSocket,
         ]
     }
 

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `dump --incremental`: a chain is the same as a full checkpoint, page by page, whatever the job did in between; a guest restored from it
+//! finds its memory as it was; and nothing that goes wrong on the way makes a page look unwritten that is not.
+//!
+//! CKPT_TEST_STEPS is the number of steps of each guest (8), CKPT_TEST_MOMENTS that of the kills (at most 12 here).
+
+use std::{collections::BTreeMap, fs};
+
+use ckpt_image::Reader;
+use ckpt_tests::{
+    Failure, Outcome, announce,
+    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    job::Job,
+    pages::{difference, pages_of},
+    process::poll_until,
+    proof::{each_user, with_ready_job},
+    sandbox::Sandbox,
+    seed::{Random, count_from},
+    user::Users,
+};
+use nix::sys::signal::Signal;
+
+/// A build with the feature `test-hooks` takes written pages for unwritten with this.
+const IGNORE_WRITES: &str = "CKPT_TEST_IGNORE_WRITES";
+
+fn steps() -> u64 {
+    count_from("CKPT_TEST_STEPS", 8)
+}
+
+fn guest(random: &mut Random, mode: &str) -> Guest {
+    // Into a registered rseq area the kernel writes on which processor a thread came back from a stop.
+    let guest = Guest::new("mem_changes").arg(&(random.number() >> 1).to_string()).arg(mode);
+    guest.run_under(&["env", "GLIBC_TUNABLES=glibc.pthread.rseq=0"])
+}
+
+/// Lets the guest do its next step.
+fn step(sandbox: &Sandbox, number: u64) -> Outcome<()> {
+    let file = |name: String| sandbox.work.join(name);
+    fs::write(file(format!("step{number}")), "").map_err(|e| Failure(format!("step {number}: {e}")))?;
+    let done = file(format!("done{number}"));
+    poll_until(GUEST_DEADLINE, || done.exists().then_some(()))
+        .ok_or_else(|| Failure(format!("the guest does not finish step {number}")))
+}
+
+/// `ckpt dump --incremental --json`, followed by `options`.
+fn dump(job: &Job<'_>, options: &[&str]) -> Outcome<serde_json::Value> {
+    let words = [&["dump", &job.name, "--incremental", "--json"], options].concat();
+    let dumped = job.succeed(&words, &[])?;
+    serde_json::from_str(&dumped.stdout).map_err(|e| Failure(format!("no JSON: {e}\n{}", dumped.report())))
+}
+
+fn parent(said: &serde_json::Value) -> Option<&str> {
+    said.get("parent").and_then(serde_json::Value::as_str)
+}
+
+fn count(said: &serde_json::Value, field: &str) -> u64 {
+    said.get(field).and_then(serde_json::Value::as_u64).unwrap_or(u64::MAX)
+}
+
+/// Runs `what` while all processes of the job stand still.
+fn standing_still<T>(job: &Job<'_>, what: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    let processes = job.processes();
+    let guests = processes.get(1..).unwrap_or_default();
+    guests.iter().for_each(|p| p.signal(Signal::SIGSTOP));
+    poll_until(GUEST_DEADLINE, || guests.iter().all(|p| p.is_stopped()).then_some(()))
+        .ok_or_else(|| Failure::new("the guest does not stop"))?;
+    let result = what();
+    guests.iter().for_each(|p| p.signal(Signal::SIGCONT));
+    result
+}
+
+/// Dumps incrementally and fully at one moment, and compares the two.
+fn dump_and_compare(job: &Job<'_>, sandbox: &Sandbox, options: &[&str]) -> Outcome<serde_json::Value> {
+    standing_still(job, || {
+        let said = dump(job, options)?;
+        let path = said.get("path").and_then(serde_json::Value::as_str).unwrap_or_default();
+        let full = sandbox.root.join("full");
+        let _ = fs::remove_dir_all(&full);
+        job.succeed(&["dump", &job.name, "--dir", &format!("{}/", full.display())], &[])?;
+        let (chain, full) = (pages_of(path.as_ref())?, pages_of(&full)?);
+        let keys: BTreeMap<_, ()> = chain.keys().chain(full.keys()).map(|k| (*k, ())).collect();
+        let wrong: Vec<String> = keys
+            .into_keys()
+            .filter(|key| chain.get(key) != full.get(key))
+            .map(|key| difference(key, ("chain", chain.get(&key)), ("full", full.get(&key))))
+            .collect();
+        if full.len() < 1000 || !wrong.is_empty() {
+            return Err(Failure(format!(
+                "{} of {} pages differ between the chain and a full checkpoint ({said}):\n{}",
+                wrong.len(),
+                full.len(),
+                wrong[..wrong.len().min(20)].join("\n")
+            )));
+        }
+        Ok(said)
+    })
+}
+
+/// A restore of a job that stood still when it was dumped: it still does.
+fn restore(job: &Job<'_>) -> Outcome<()> {
+    job.restore(None, &[])?;
+    job.processes().iter().skip(1).for_each(|p| p.signal(Signal::SIGCONT));
+    Ok(())
+}
+
+fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
+    let talk = Talk::with(sandbox);
+    talk.go()?;
+    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
+        Some(Verdict::Ok) => Ok(()),
+        other => Err(Failure(format!("the guest says: {other:?}"))),
+    }
+}
+
+#[test]
+fn a_chain_equals_a_full_checkpoint() {
+    each_user("incremental-chain", Users::Both, |sandbox| {
+        let mut random = Random::announced(&format!("incremental-chain as {}", sandbox.user.name()));
+        with_ready_job(&guest(&mut random, "steps"), sandbox, |job, nonce| {
+            let first = dump_and_compare(job, sandbox, &[])?;
+            if parent(&first).is_some() {
+                return Err(Failure(format!("the first one has a parent: {first}")));
+            }
+            let mut same = 0;
+            for number in 1..=steps() {
+                step(sandbox, number)?;
+                let said = dump_and_compare(job, sandbox, &[])?;
+                let expected = format!("{}@{number}", job.name);
+                if parent(&said) != Some(&expected) {
+                    return Err(Failure(format!("step {number} is not built on {expected}: {said}")));
+                }
+                same += count(&said, "same_pages");
+            }
+            if same < 1000 * steps() {
+                return Err(Failure(format!("only {same} pages were the same in all")));
+            }
+            job.succeed(&["verify", &job.name], &[])?;
+            job.kill()?;
+            restore(job)?;
+            // What the old job's tracking knew is worth nothing for the new one.
+            let said = dump_and_compare(job, sandbox, &[])?;
+            if parent(&said).is_some() || said.get("full_because").is_none_or(|why| !why.is_string()) {
+                return Err(Failure(format!("the first one after a restore is not a full one: {said}")));
+            }
+            step(sandbox, steps() + 1)?;
+            let said = dump_and_compare(job, sandbox, &[])?;
+            if parent(&said).is_none() {
+                return Err(Failure(format!("the second one after a restore is a full one: {said}")));
+            }
+            job.kill()?;
+            restore(job)?;
+            finish(sandbox, nonce)
+        })
+    });
+}
+
+#[test]
+fn a_guest_in_motion_is_restored_from_a_chain() {
+    each_user("incremental-motion", Users::Both, |sandbox| {
+        let mut random = Random::announced(&format!("incremental-motion as {}", sandbox.user.name()));
+        with_ready_job(&guest(&mut random, "free"), sandbox, |job, nonce| {
+            for _ in 0..steps() {
+                dump(job, &[])?;
+            }
+            let said = dump(job, &["--stop"])?;
+            if parent(&said).is_none() {
+                return Err(Failure(format!("the last one is a full one: {said}")));
+            }
+            restore(job)?;
+            finish(sandbox, nonce)
+        })
+    });
+}
+
+#[test]
+fn a_guest_notices_a_scan_that_is_ignored() {
+    each_user("incremental-control", Users::Both, |sandbox| {
+        let mut random = Random::announced(&format!("incremental-control as {}", sandbox.user.name()));
+        with_ready_job(&guest(&mut random, "steps"), sandbox, |job, nonce| {
+            dump(job, &[])?;
+            for number in 1..=2 {
+                step(sandbox, number)?;
+                job.succeed(&["dump", &job.name, "--incremental"], &[(IGNORE_WRITES, "1")])?;
+            }
+            job.kill()?;
+            if job.restore(None, &[]).is_err() {
+                return Ok(());
+            }
+            match finish(sandbox, nonce) {
+                Err(_) => Ok(()),
+                Ok(()) => Err(Failure::new(
+                    "the guest says OK although written pages were taken for unwritten (or ckpt was built without the \
+                     feature test-hooks)",
+                )),
+            }
+        })
+    });
+}
+
+#[test]
+fn killed_at_any_step() {
+    each_user("incremental-kill", Users::Both, |sandbox| {
+        let mut random = Random::announced(&format!("incremental-kill as {}", sandbox.user.name()));
+        with_ready_job(&guest(&mut random, "steps"), sandbox, |job, nonce| {
+            let counter = sandbox.work.join("steps");
+            dump(job, &[])?;
+            let words = ["dump", job.name.as_str(), "--incremental"];
+            job.succeed(&words, &[("CKPT_TEST_COUNT", &counter.to_string_lossy())])?;
+            let text = fs::read_to_string(&counter)
+                .map_err(|e| Failure(format!("no steps ({e}): built without the feature test-hooks?")))?;
+            let all: u64 = text.trim().parse().map_err(|e| Failure(format!("steps {text:?}: {e}")))?;
+            let moments = count_from("CKPT_TEST_MOMENTS", 12).min(12);
+            announce(&format!("incremental-kill as {}: {moments} of {all} steps", sandbox.user.name()));
+            for moment in 1..=moments {
+                step(sandbox, moment)?;
+                // Every other one is killed near its end, where the image is complete and not yet known to init.
+                let at = if moment % 2 == 0 { all - random.below(all.min(6)) } else { 1 + random.below(all) };
+                let context =
+                    |f: Failure| Failure(format!("dump {moment}, killed at step {at} of {all}: {f}"));
+                job.ckpt(&words, &[("CKPT_TEST_KILL_AT", &at.to_string())])?;
+                dump_and_compare(job, sandbox, &[]).map_err(context)?;
+                let said = dump_and_compare(job, sandbox, &[]).map_err(context)?;
+                if parent(&said).is_none() {
+                    return Err(context(Failure(format!("tracking does not begin again: {said}"))));
+                }
+            }
+            job.kill()?;
+            restore(job)?;
+            finish(sandbox, nonce)
+        })
+    });
+}
+
+#[test]
+fn doubtful_tracking_makes_a_full_checkpoint() {
+    each_user("incremental-doubt", Users::Both, |sandbox| {
+        let mut random = Random::announced(&format!("incremental-doubt as {}", sandbox.user.name()));
+        with_ready_job(&guest(&mut random, "steps"), sandbox, |job, nonce| {
+            let full = |options: &[&str], words: &str| {
+                let said = dump_and_compare(job, sandbox, options)?;
+                let why = said.get("full_because").and_then(serde_json::Value::as_str).unwrap_or_default();
+                match parent(&said) {
+                    None if why.contains(words) => Ok(()),
+                    _ => Err(Failure(format!("not a full one because of {words:?}: {said}"))),
+                }
+            };
+            let built_on = |number: u64| {
+                let said = dump_and_compare(job, sandbox, &[])?;
+                let expected = format!("{}@{number}", job.name);
+                if parent(&said) == Some(&expected) {
+                    Ok(())
+                } else {
+                    Err(Failure(format!("not built on {expected}: {said}")))
+                }
+            };
+            full(&[], "first incremental dump")?;
+            step(sandbox, 1)?;
+            built_on(1)?;
+            full(&["--max-chain", "2"], "--max-chain 2")?;
+            built_on(3)?;
+            // One that is not incremental leaves tracking alone, but is newer than what is tracked.
+            job.dump(&[])?;
+            step(sandbox, 2)?;
+            full(&[], "has been made since")?;
+            built_on(6)?;
+            for number in [7, 6] {
+                job.succeed(&["rm", &format!("{}@{number}", job.name)], &[])?;
+            }
+            step(sandbox, 3)?;
+            full(&[], "not in this store")?;
+            job.kill()?;
+            restore(job)?;
+            finish(sandbox, nonce)
+        })
+    });
+}
+
+/// The image of a job that hardly changes holds hardly anything, though the chain holds all.
+#[test]
+fn little_is_stored_when_little_has_changed() {
+    each_user("incremental-size", Users::Both, |sandbox| {
+        with_ready_job(&Guest::new("mem_private_anon"), sandbox, |job, nonce| {
+            let first = dump(job, &[])?;
+            let second = dump(job, &[])?;
+            let path = second.get("path").and_then(serde_json::Value::as_str).unwrap_or_default();
+            let reader = Reader::open(path.as_ref()).map_err(|e| Failure(e.to_string()))?;
+            if parent(&second).is_none() || reader.images().len() != 2 {
+                return Err(Failure(format!("not incremental: {second}")));
+            }
+            if count(&second, "bytes") * 3 > count(&first, "bytes") {
+                return Err(Failure(format!("{first}\n{second}")));
+            }
+            job.kill()?;
+            restore(job)?;
+            finish(sandbox, nonce)
+        })
+    });
+}
