@@ -159,14 +159,17 @@ fn the_rest_comes_by_itself() {
                 let smaps = fs::read_to_string(format!("/proc/{}/smaps", process.pid)).unwrap_or_default();
                 smaps.lines().any(|line| line.starts_with("VmFlags:") && line.contains(" um"))
             });
-            let held =
+            let holds = || {
                 fs::read_dir(format!("/proc/{}/fd", init.pid)).into_iter().flatten().flatten().any(|fd| {
                     fs::read_link(fd.path()).is_ok_and(|to| {
                         let to = to.to_string_lossy().into_owned();
                         to.contains("userfaultfd")
                             || to.starts_with(&*sandbox.store.join("guest/1").to_string_lossy())
                     })
-                });
+                })
+            };
+            // The threads that filled say that they are done, and then end.
+            let held = poll_until(GUEST_DEADLINE, || (!holds()).then_some(())).is_none();
             if watched || held {
                 return Err(Failure(format!("left behind: watched mappings {watched}, descriptors {held}")));
             }
