@@ -284,6 +284,7 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
     // What *discover* saw is stopped at once; only then does it matter what came since.
     let mut found: Vec<Pid> = before.live().flat_map(|p| &p.threads).map(|t| t.host).collect();
     let mut opened = MadeDumpable::default();
+    let since = Instant::now();
     let (mut job, refusals) = loop {
         tasks.stop(&found)?;
         phases.end("stop");
@@ -292,6 +293,12 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         // A task that runs may make others: no list is complete before all that it names stand still.
         found = tasks.missing(&job);
         if !found.is_empty() {
+            continue;
+        }
+        // One that ended while it was read is a zombie by now, and no longer what was read.
+        let ended = |t: &Task| !tasks.stopped.contains_key(&t.host);
+        if job.live().flat_map(|p| &p.threads).any(ended) && since.elapsed() < STOP_LIMIT {
+            std::thread::yield_now();
             continue;
         }
         let dispatching = refuse_dispatching(&job, &mut refusals)?;
