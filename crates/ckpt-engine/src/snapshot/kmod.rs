@@ -124,7 +124,7 @@ fn attach(p: &Process, beside: &mut Beside) -> Result<Result<Session, String>, D
         return Ok(Err("its main thread runs 32-bit code".into()));
     }
     // The kernel gives the lowest number that is free; all who share the table stand still.
-    let free = lowest_free(&p.descriptors.iter().map(|d| d.number).collect::<Vec<_>>());
+    let free = p.free_descriptor();
     let close = (libc::SYS_close, [free as u64, 0, 0, 0, 0, 0]);
     beside.on(last_cpu(p.host, p.host));
     let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
@@ -157,11 +157,6 @@ fn attach(p: &Process, beside: &mut Beside) -> Result<Result<Session, String>, D
 fn take_out(p: &Process, fd: i32) -> Result<Session, Errno> {
     let pidfd = pidfd_open(p.host)?;
     pidfd_getfd(pidfd.as_fd(), fd).map(Session::new)
-}
-
-/// The lowest number that is not among `taken`, which are sorted.
-fn lowest_free(taken: &[i32]) -> i32 {
-    taken.iter().zip(0..).find(|(n, i)| **n != *i).map_or(taken.len() as i32, |(_, i)| i)
 }
 
 impl Kept {
@@ -240,18 +235,5 @@ impl Kept {
             }
             Ok(())
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::lowest_free;
-
-    #[test]
-    fn the_lowest_free_number() {
-        assert_eq!(lowest_free(&[]), 0);
-        assert_eq!(lowest_free(&[0, 1, 2]), 3);
-        assert_eq!(lowest_free(&[0, 2, 3]), 1);
-        assert_eq!(lowest_free(&[1]), 0);
     }
 }

@@ -54,8 +54,7 @@ fn protect(p: &Process) -> Result<Watch, String> {
     let padding = padding_of(p).map_err(|e| words(&e))?;
     let scratch = scratch_of(p).map_err(|e| words(&e))?;
     // The number that the kernel will choose, for nobody else can take it now.
-    let taken: std::collections::BTreeSet<i32> = p.descriptors.iter().map(|d| d.number).collect();
-    let number = (0..).find(|n| !taken.contains(n)).unwrap_or(i32::MAX);
+    let number = p.free_descriptor();
     let close = (libc::SYS_close, [number as u64, 0, 0, 0, 0, 0]);
     let mut beside = task::Beside::default();
     beside.on(task::last_cpu(p.host, thread.host));
