@@ -25,6 +25,11 @@ pub fn take(
     for p in frozen.job.live().filter(|p| p.assumed_flags && !snapshot.keeps_mappings(p.pid)) {
         let vmas = match tracker.as_mut().and_then(|t| t.mappings(p)) {
             Some(vmas) => vmas,
+            #[cfg(feature = "test-hooks")]
+            None if std::env::var_os("CKPT_TEST_FLAGS_OF_PARTS").is_some() => {
+                let source = std::io::Error::other("all of smaps would have to be read");
+                return Err(DumpError::process(p.pid, "reading flags of parts of mappings")(source));
+            }
             None => read_smaps(p.host.as_raw()).map_err(DumpError::process(p.pid, "reading smaps"))?,
         };
         collected.mappings.insert(p.pid, vmas);
