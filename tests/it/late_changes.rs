@@ -114,3 +114,43 @@ fn flags_of_large_mappings_are_those_of_the_moment() {
         })
     });
 }
+
+/// Shared memory is copied before the freeze. What anybody writes to it after that must be in the checkpoint.
+fn prove_shared(label: &str, options: &[&str]) {
+    prove(label, &Guest::new("shared_late"), options);
+}
+
+#[test]
+fn shared_memory_is_that_of_the_moment_by_cow() {
+    prove_shared("late-shared-cow", &["--engine", "cow"]);
+}
+
+#[test]
+fn shared_memory_is_that_of_the_moment_by_copy() {
+    prove_shared("late-shared-copy", &["--engine", "copy"]);
+}
+
+#[test]
+fn shared_memory_is_that_of_the_moment_incrementally() {
+    prove_shared("late-shared-incremental", &["--incremental"]);
+}
+
+/// With CKPT_TEST_IGNORE_WRITES what differs passes for equal, which the guest must notice.
+#[test]
+fn a_guest_notices_a_comparison_that_is_ignored() {
+    each_user("late-shared-control", Users::Both, |sandbox| {
+        with_ready_job(&Guest::new("shared_late"), sandbox, |job, nonce| {
+            dump_late(job, sandbox, &[], &[("CKPT_TEST_IGNORE_WRITES", "1")])?;
+            job.kill()?;
+            job.restore(None, &[])?;
+            let talk = Talk::with(sandbox);
+            talk.go()?;
+            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
+                Some(Verdict::Ok) => {
+                    Err(Failure::new("the guest says OK although pages that had changed were not copied"))
+                }
+                _ => Ok(()),
+            }
+        })
+    });
+}

@@ -16,6 +16,7 @@ pub mod write;
 use crate::error::DumpError;
 use crate::model::{Job, JobInfo};
 use crate::resource::Collected;
+use crate::snapshot::precopy::{Precopied, precopy};
 use crate::snapshot::{Account, Engine, Prepared, Snapshot, Source};
 use crate::track::{self, Incremental, Tracker};
 use ckpt_image::{Compression, Summary};
@@ -132,7 +133,10 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
         flush::Flush::of(&found.job).sync()?;
         phases.end("flush");
     }
-    let how = How { stop, files: with_files.then_some(dir), flush };
+    // As late as possible, so that little is different in the freeze. Nobody waits for a job that will be ended.
+    let precopied = if stop { Precopied::default() } else { precopy(&found.job) };
+    phases.end("precopy");
+    let how = How { stop, files: with_files.then_some(dir), flush, precopied: &precopied };
     // Nobody waits for a job that will be ended.
     let first = still(&found.job, prepared, tracker.as_mut(), how, !stop, &mut phases)?;
     let taken = match first {
@@ -201,6 +205,8 @@ struct How<'a> {
     files: Option<&'a Path>,
     /// Files that it has written to are opened, to be flushed.
     flush: bool,
+    /// Its shared memory as it was.
+    precopied: &'a Precopied,
 }
 
 /// Freezes the job, which looked like `before`, and resumes it. None if what was to be assumed was not so.
@@ -217,6 +223,7 @@ fn still(
     let mut frozen = freeze::freeze(before, assume, phases)?;
     let mut warnings = Vec::new();
     let mut collected = collect::collect(&mut frozen, before, &mut warnings)?;
+    collected.precopied = how.precopied.clone();
     phases.end("collect");
     if let Some(dir) = how.files {
         crate::resource::saved_file::keep(&frozen.job, dir, &mut collected)?;

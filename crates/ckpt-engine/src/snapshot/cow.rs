@@ -9,6 +9,7 @@ use super::copy::{Pieces, keep};
 use super::guard::Guard;
 use super::kmod::{self, Kept};
 use super::memory_limit::{Limits, Room};
+use super::precopy::Compared;
 use super::{Account, Engine, From, Piece, Prepared, Range, Sink, Snapshot, Source, pages, read_source};
 use crate::dump::collect;
 use crate::dump::freeze::FrozenJob;
@@ -250,6 +251,8 @@ enum Part {
     Forked(i32, Vec<Range>),
     /// Kept by the kernel module.
     Kept(i32, Range),
+    /// Shared memory, copied before the freeze.
+    Compared(Compared),
 }
 
 impl Prepared for Ready {
@@ -267,7 +270,13 @@ impl Prepared for Ready {
         let copies = fork_all(frozen, collected, &kept, &self.obstacles, &mut reasons)?;
         let (mut parts, mut held_bytes) = (Vec::with_capacity(collected.sources.len()), 0);
         for source in &collected.sources {
-            parts.push(hold(source, &copies, &kept, &mut reasons, &mut held_bytes)?);
+            parts.push(match collected.precopied.compare(source, collected)? {
+                Some(compared) => {
+                    held_bytes += compared.changed_bytes;
+                    vec![Part::Compared(compared)]
+                }
+                None => hold(source, &copies, &kept, &mut reasons, &mut held_bytes)?,
+            });
         }
         let guard = Guard::new(&copies, self.duplicate_limit_bytes);
         let engine = match (kept.is_empty(), copies.is_empty()) {
@@ -394,6 +403,7 @@ impl Snapshot for Copies {
                         sink(Piece::Data(offset, &data))?;
                     }
                 }
+                Part::Compared(compared) => compared.stream(PIECE_BYTES, sink)?,
                 Part::Kept(pid, range) => {
                     let Some(kept) = self.kept.get(&pid) else { return Err(DumpError::CopyLost { pid }) };
                     kept.read_range(&range, PIECE_BYTES, sink)?;
