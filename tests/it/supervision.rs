@@ -131,8 +131,11 @@ impl<'a> Named<'a> {
     fn gone(&self) -> Outcome<()> {
         let mut left = String::new();
         let gone = poll_until(DEADLINE, || {
-            left = format!("{:?} {:?}", self.ps(), supervisors_of(self.sandbox));
-            (matches!(self.ps(), Ok(None)) && supervisors_of(self.sandbox).is_empty()).then_some(())
+            let supervisors = supervisors_of(self.sandbox);
+            // Asked last, as it sweeps what the supervisor leaves.
+            let job = self.ps();
+            left = format!("{job:?} {supervisors:?}");
+            (supervisors.is_empty() && matches!(job, Ok(None))).then_some(())
         });
         gone.ok_or_else(|| Failure(format!("left behind: {left}\n{}", self.log())))?;
         let supervised = walk(&self.sandbox.runtime).into_iter().find(|path| path.contains(".supervised"));
