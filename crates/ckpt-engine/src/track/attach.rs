@@ -13,7 +13,7 @@ use crate::model::Job;
 use crate::model::process::{Process, ProcessId};
 use crate::resource::process::is_filtered;
 use ckpt_sys::memory::Forced;
-use ckpt_sys::{Errno, libc, task, userfaultfd};
+use ckpt_sys::{Errno, libc, task, userfault};
 use std::os::fd::AsFd;
 
 /// A process, and how it is watched or why not.
@@ -24,7 +24,8 @@ pub type Attached = (ProcessId, Result<Watch, String>);
 /// # Errors
 /// If the job could not be stopped; it runs on.
 pub fn attach(job: &Job, which: &[ProcessId]) -> Result<Vec<Attached>, DumpError> {
-    let protection = userfaultfd::probe().map_err(|e| format!("no asynchronous write protection ({e})"));
+    let protection =
+        userfault::probe_tracking().map_err(|e| format!("no asynchronous write protection ({e})"));
     let frozen = freeze::freeze(job, true, &mut Phases::default())?;
     let mut out = Vec::new();
     for p in frozen.job.live().filter(|p| which.contains(&ProcessId::of(p))) {
@@ -60,7 +61,8 @@ fn protect(p: &Process) -> Result<Watch, String> {
     beside.on(task::last_cpu(p.host, thread.host));
     let mut live = open_undone_by(p, thread, &memory, padding, scratch, close).map_err(|e| words(&e))?;
     ckpt_sys::hook::point();
-    let made = live.raw(libc::SYS_userfaultfd, [userfaultfd::FLAGS, 0, 0, 0, 0, 0]).map_err(|e| words(&e))?;
+    let made =
+        live.raw(libc::SYS_userfaultfd, [userfault::TRACKING_FLAGS, 0, 0, 0, 0, 0]).map_err(|e| words(&e))?;
     ckpt_sys::hook::point();
     let taken = match made {
         n if n == i64::from(number) => {

@@ -11,7 +11,7 @@
 use crate::model::memory::Vma;
 use crate::model::process::Process;
 use ckpt_sys::pagemap::{self, FILE, PRESENT, SWAPPED, WRITTEN, ZERO};
-use ckpt_sys::userfaultfd::WriteTracking;
+use ckpt_sys::userfault::WriteTracking;
 use ckpt_sys::{Errno, Pid};
 use std::fs::File;
 use std::os::fd::OwnedFd;
