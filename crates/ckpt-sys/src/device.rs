@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 /// Where it is.
 pub const PATH: &str = "/dev/ckpt";
 
-pub use ckpt_abi::kmod::{KIND_COPY, KIND_DATA, KIND_FOREIGN, KIND_ZERO, Query, Run};
+pub use ckpt_abi::kmod::{KIND_COPY, KIND_DATA, KIND_FOREIGN, KIND_SAME, KIND_ZERO, Query, Run};
 
 fn ioctl<T>(fd: RawFd, request: u32, argument: &mut T) -> Result<(), Errno> {
     // SAFETY: each request of this module comes with the structure that it reads and writes, whose size is part of the
@@ -36,6 +36,11 @@ pub fn query() -> Result<Query, Errno> {
     Ok(query)
 }
 
+/// Whether a module that answered thus can tell what has been written.
+pub fn tracks_writes(query: &Query) -> bool {
+    query.features & kmod::FEATURE_INCREMENTAL != 0
+}
+
 /// Number and argument of the call by which a process makes its descriptor `fd` a session on its own memory.
 pub fn attach_call(fd: i32) -> crate::inject::SystemCall {
     (libc::SYS_ioctl, [fd as u64, u64::from(kmod::ATTACH), 0, 0, 0, 0])
@@ -59,7 +64,29 @@ impl Session {
     /// # Errors
     /// As the command; of these EDQUOT is RLIMIT_MEMLOCK, ENOSPC the module's own limit.
     pub fn snapshot(&self) -> Result<(Snapshot, Taken), Errno> {
-        let mut args = Taken { size: size_of::<Taken>() as u32, ..Taken::default() };
+        self.take(0, 0)
+    }
+
+    /// As [`Session::snapshot`]; a new generation begins, whose number is in [`Taken`]. What has not been written since the generation
+    /// `since`, if that is given, is of the kind [`KIND_SAME`] and can't be read.
+    ///
+    /// # Errors
+    /// As the command; of these ESTALE: the generation is over, which the caller had or which somebody has ended by clearing the
+    /// soft-dirty bits; EOPNOTSUPP: this kernel has none, or this process is not tracked by them.
+    pub fn snapshot_and_track(&self, since: Option<u64>) -> Result<(Snapshot, Taken), Errno> {
+        match since {
+            None => self.take(kmod::SNAPSHOT_CLEAR, 0),
+            Some(generation) => self.take(kmod::SNAPSHOT_CLEAR | kmod::SNAPSHOT_INCREMENTAL, generation),
+        }
+    }
+
+    /// The descriptor, to be handed to whoever keeps it.
+    pub fn into_fd(self) -> OwnedFd {
+        self.0
+    }
+
+    fn take(&self, flags: u32, generation: u64) -> Result<(Snapshot, Taken), Errno> {
+        let mut args = Taken { size: size_of::<Taken>() as u32, flags, generation, ..Taken::default() };
         ioctl(self.0.as_raw_fd(), kmod::SNAPSHOT, &mut args)?;
         // SAFETY: the command has just returned this descriptor, which nobody else knows.
         let fd = unsafe { OwnedFd::from_raw_fd(args.fd) };
