@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `/dev/ckpt`, the kernel module's device: see `docs/kernel-abi.md` and [`ckpt_abi::kmod`].
 
+use crate::arch::Making;
 use ckpt_abi::kmod;
 use nix::errno::Errno;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 /// Where it is.
 pub const PATH: &str = "/dev/ckpt";
@@ -41,9 +43,21 @@ pub fn tracks_writes(query: &Query) -> bool {
     query.features & kmod::FEATURE_INCREMENTAL != 0
 }
 
-/// Number and argument of the call by which a process makes its descriptor `fd` a session on its own memory.
-pub fn attach_call(fd: i32) -> crate::inject::SystemCall {
-    (libc::SYS_ioctl, [fd as u64, u64::from(kmod::ATTACH), 0, 0, 0, 0])
+/// How a helper makes a session on the memory of the process that has made it, whose pid as it sees it is `pid`.
+pub fn session_of(pid: i32) -> Making {
+    let flags = (libc::O_RDWR | libc::O_CLOEXEC) as u64;
+    Making {
+        path: PATH.into(),
+        open: (libc::SYS_open, [None, Some(flags), Some(0)]),
+        with: (libc::SYS_ioctl, [u64::from(kmod::ATTACH), pid as u64]),
+    }
+}
+
+/// Whether a descriptor that came out of a process is of the module's device, and not of what that process has under its name.
+fn is_device(fd: &OwnedFd) -> bool {
+    let device = std::fs::metadata(PATH).map(|m| (m.file_type().is_char_device(), m.rdev()));
+    let file = fd.try_clone().and_then(|fd| File::from(fd).metadata());
+    matches!((device, file), (Ok((true, d)), Ok(m)) if m.file_type().is_char_device() && m.rdev() == d)
 }
 
 /// The session of an attached process.
@@ -54,8 +68,16 @@ pub struct Session(OwnedFd);
 pub use ckpt_abi::kmod::Snapshot as Taken;
 
 impl Session {
-    /// For a descriptor that came out of an attached process.
-    pub fn new(fd: OwnedFd) -> Session {
+    /// For a descriptor that came out of a process.
+    ///
+    /// # Errors
+    /// ENXIO: it is not of the module's device.
+    pub fn new(fd: OwnedFd) -> Result<Session, Errno> {
+        if is_device(&fd) { Ok(Session(fd)) } else { Err(Errno::ENXIO) }
+    }
+
+    /// For one that [`Session::into_fd`] gave.
+    pub fn adopt(fd: OwnedFd) -> Session {
         Session(fd)
     }
 

@@ -22,7 +22,13 @@ pub const FEATURE_EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
 
 /// Flags for userfaultfd(2) that make one for [`WriteTracking`]: close-on-exec, and only for faults in user mode, which needs no privilege.
 /// That does not matter here: in asynchronous mode no fault is ever handed to anyone.
-pub const TRACKING_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | USER_MODE_ONLY;
+const TRACKING_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | USER_MODE_ONLY;
+
+/// How a helper makes one for [`WriteTracking`] of the memory that it shares.
+pub fn tracking_of_memory() -> crate::arch::Making {
+    let open = (libc::SYS_userfaultfd, [Some(TRACKING_FLAGS), Some(0), Some(0)]);
+    crate::arch::Making { path: Vec::new(), open, with: (libc::SYS_getpid, [0; 2]) }
+}
 
 const UFFD_API: u64 = 0xaa;
 const MODE_MISSING: u64 = 1;

@@ -3,8 +3,8 @@
 //! take (shared memory, pages under I/O) is copied while the job is frozen; a process that it refuses is forked or
 //! copied as by [`super::cow`]. See docs/adr/0019-attach-by-injection.md.
 //!
-//! A process attaches its own memory: open, ioctl and close are injected into its main thread, and the session is taken
-//! out in between. Whatever becomes of the dumper, the injected code closes the descriptor before the process goes on.
+//! A helper in the process, which shares its memory and has descriptors of its own, attaches it; the session is taken out before the
+//! helper exits. Whatever becomes of the dumper, the process never has it.
 
 use super::cow::{Cow, Reasons};
 use super::{Engine, Pages, Piece, Prepared, Range, Sink};
@@ -14,14 +14,12 @@ use crate::error::DumpError;
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::process::{Process, ProcessId};
-use crate::resource::process::is_filtered;
 use crate::track::Same;
+use ckpt_sys::Errno;
 use ckpt_sys::device::{self, KIND_COPY, KIND_DATA, KIND_FOREIGN, KIND_SAME, KIND_ZERO, Run, Session};
-use ckpt_sys::memory::{Forced, PAGE};
-use ckpt_sys::task::{Beside, last_cpu, pidfd_getfd, pidfd_open};
-use ckpt_sys::{Errno, arch, libc};
+use ckpt_sys::memory::PAGE;
+use ckpt_sys::task::Beside;
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 
 /// Its name.
 pub const NAME: &str = "kmod";
@@ -256,49 +254,13 @@ fn refused(errno: Errno) -> String {
     }
 }
 
-/// Has a frozen process attach its memory. The inner error says why it was not done.
+/// Has a helper in a frozen process attach its memory. The inner error says why it was not done.
 fn attach(p: &Process, beside: &mut Beside) -> Result<Result<Session, String>, DumpError> {
-    let leader = p.threads.first().and_then(|t| t.frozen.as_ref());
-    if is_filtered(p) {
-        return Ok(Err("it runs under a seccomp filter".into()));
-    }
-    if leader.is_none_or(|f| arch::is_compat(&f.registers)) {
-        return Ok(Err("its main thread runs 32-bit code".into()));
-    }
-    // The kernel gives the lowest number that is free; all who share the table stand still.
-    let free = p.free_descriptor();
-    let close = (libc::SYS_close, [free as u64, 0, 0, 0, 0, 0]);
-    beside.on(last_cpu(p.host, p.host));
-    let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
-    let (padding, scratch) = (collect::padding_of(p)?, collect::scratch_of(p)?);
-    let mut live = collect::open_undone_by(p, &p.threads[0], &memory, padding, scratch, close)?;
-    let path = live.scratch()?;
-    let mut text = device::PATH.as_bytes().to_vec();
-    text.push(0);
-    memory.write(path, &text).map_err(DumpError::process(p.pid, "writing its scratch page"))?;
-    let flags = (libc::O_RDWR | libc::O_CLOEXEC) as u64;
-    let opened = live.raw(libc::SYS_openat, [libc::AT_FDCWD as u64, path, flags, 0, 0, 0])?;
-    let mut session = Err(format!("opening {} in it: {}", device::PATH, Errno::from_raw(-opened as i32)));
-    if opened == i64::from(free) {
-        let (nr, args) = device::attach_call(free);
-        session = match live.raw(nr, args)? {
-            0 => take_out(p, free).map_err(|e| format!("taking its session out: {e}")),
-            n => Err(refused(Errno::from_raw(-n as i32))),
-        };
-    } else if opened >= 0 {
-        live.raw(libc::SYS_close, [opened as u64, 0, 0, 0, 0, 0])?;
-        session = Err("its descriptors are not what /proc shows".into());
-    }
-    if opened != i64::from(free) {
-        live.nothing_to_undo();
-    }
-    live.close(&memory)?;
-    Ok(session)
-}
-
-fn take_out(p: &Process, fd: i32) -> Result<Session, Errno> {
-    let pidfd = pidfd_open(p.host)?;
-    pidfd_getfd(pidfd.as_fd(), fd).map(Session::new)
+    let made = collect::make_descriptor(p, beside, &device::session_of(p.pid))?;
+    let foreign = |e| format!("{} in it is not the module's ({e})", device::PATH);
+    Ok(made
+        .map_err(|why| format!("attaching it to {}: {why}", device::PATH))
+        .and_then(|fd| Session::new(fd).map_err(foreign)))
 }
 
 /// Which pages are those of the parent.

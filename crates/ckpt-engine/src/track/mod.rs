@@ -100,7 +100,7 @@ impl Tracking {
                 (Some(canary), _) => Watch::soft_dirty_since(canary),
                 (None, all) => match all.next() {
                     Some(fd) => match p.generation {
-                        Some(generation) => Watch::by_module(Session::new(fd), generation),
+                        Some(generation) => Watch::by_module(Session::adopt(fd), generation),
                         None => Watch::adopt(fd),
                     },
                     None => break,
