@@ -23,7 +23,7 @@ if [ -z "$tests" ]; then
     6.1.*) tests="engines::private_memory::kmod incremental::a_chain_equals_a_full_checkpoint" ;;
     *)
         tests="engines::private_memory::kmod engines::workers::kmod engines::shared_memory::kmod engines::same_pages
-            incremental::a_chain_equals_a_full_checkpoint incremental::a_guest_in_motion incremental::a_guest_notices"
+            incremental::a_chain_equals_a_full_checkpoint incremental::a_guest_notices"
         ;;
     esac
 fi
