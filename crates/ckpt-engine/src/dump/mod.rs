@@ -3,6 +3,7 @@
 
 pub mod barrier;
 pub mod collect;
+pub mod control_word;
 pub mod discover;
 pub mod dumpable;
 pub mod flush;
