@@ -69,17 +69,8 @@ static POSIX_SPAWNP: Next = Next::new(c"posix_spawnp");
 static VFORK: Next = Next::new(c"vfork");
 static SENDMSG: Next = Next::new(c"sendmsg");
 static SENDMMSG: Next = Next::new(c"sendmmsg");
-static ALL: [&Next; 9] = [
-    &EXECVE,
-    &EXECVPE,
-    &EXECVEAT,
-    &FEXECVE,
-    &POSIX_SPAWN,
-    &POSIX_SPAWNP,
-    &VFORK,
-    &SENDMSG,
-    &SENDMMSG,
-];
+static ALL: [&Next; 9] =
+    [&EXECVE, &EXECVPE, &EXECVEAT, &FEXECVE, &POSIX_SPAWN, &POSIX_SPAWNP, &VFORK, &SENDMSG, &SENDMMSG];
 
 static RESOLVED: AtomicBool = AtomicBool::new(false);
 /// The path we were loaded from, null while unknown; owned by the dynamic loader, which never unloads a
