@@ -260,9 +260,8 @@ fn strict_refuses_and_names_who_is_late() {
                 let words = ["dump", &job.name, "--strict", "--barrier-timeout", timeout];
                 let refused = job.ckpt(&words, &[])?;
                 ensure(refused.code == 119, "not refused as late", &refused)?;
-                for part in ["pid 2 thread 3 (first): ", "a posix_spawn or vfork, whose child is pid 5,"] {
-                    ensure(refused.stderr.contains(part), &format!("it does not say {part:?}"), &refused)?;
-                }
+                let who = "pid 2 thread 3 (first): a posix_spawn or vfork, whose child is pid ";
+                ensure(refused.stderr.contains(who), &format!("it does not say {who:?}"), &refused)?;
                 all_open(job)?;
             }
             touch(sandbox, "second")?;
@@ -295,7 +294,7 @@ fn who_is_late_is_named_and_frozen_all_the_same() {
             let named =
                 late.len() == 1 && field("pid") == 2 && field("tid") == 3 && field("program") == "first";
             ensure(named, "not named, or somebody else", &dumped)?;
-            ensure(field("for_ns").as_u64() >= Some(200_000_000), "not watched for so long", &dumped)?;
+            ensure(field("for_ns").as_u64() >= Some(100_000_000), "not watched for so long", &dumped)?;
             let warned = json(&dumped)?["warnings"].to_string().contains("not at a safe point");
             ensure(warned, "no warning", &dumped)?;
             all_open(job)?;
