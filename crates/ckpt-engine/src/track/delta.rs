@@ -89,7 +89,6 @@ fn scan(
     const ALIGNMENT: u64 = 2 << 20;
     let part = |start, end| watch.scan(pagemap, start, end, over_file, true);
     let end = r.addr + r.bytes;
-    // A scan looks at a byte for eight pages.
     if !share || r.bytes < 16 * SHARED_WORK_BYTES {
         return part(r.addr, end);
     }
