@@ -17,6 +17,7 @@ pub mod write;
 use crate::error::DumpError;
 use crate::model::{Job, JobInfo};
 use crate::resource::Collected;
+use crate::snapshot::precopy::{Precopied, precopy};
 use crate::snapshot::{Account, Engine, Prepared, Snapshot, Source};
 use crate::track::{self, Incremental, Tracker};
 use barrier::{Barrier, BarrierPolicy, BarrierReport};
@@ -137,8 +138,11 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
         flush::Flush::of(&found.job).sync()?;
         phases.end("flush");
     }
+    // As late as possible, so that little is different in the freeze; but no gate is closed yet. Nobody waits for a job that will be ended.
+    let precopied = if stop { Precopied::default() } else { precopy(&found.job) };
+    phases.end("precopy");
     let mut barrier = Barrier::new(&found.job, barrier);
-    let how = How { stop, files: with_files.then_some(dir), flush };
+    let how = How { stop, files: with_files.then_some(dir), flush, precopied: &precopied };
     let mut engine_now = Some(prepared);
     // Nobody waits for a job that will be ended.
     let mut assume = !stop;
@@ -222,6 +226,8 @@ struct How<'a> {
     files: Option<&'a Path>,
     /// Files that it has written to are opened, to be flushed.
     flush: bool,
+    /// Its shared memory as it was.
+    precopied: &'a Precopied,
 }
 
 /// Freezes the job, which looked like `before`, and resumes it. None if what was to be assumed was not so.
@@ -240,6 +246,7 @@ fn still(
     barrier.open(&frozen.job);
     let mut warnings = Vec::new();
     let mut collected = collect::collect(&mut frozen, before, &mut warnings)?;
+    collected.precopied = how.precopied.clone();
     phases.end("collect");
     if let Some(dir) = how.files {
         crate::resource::saved_file::keep(&frozen.job, dir, &mut collected)?;
