@@ -255,7 +255,8 @@ impl Barrier {
             }
             // One that was forked before its parent's gate was closed has an open one: it is gone through once more.
         };
-        self.report.late = LateList(late.iter().map(|p| self.late(p)).collect());
+        // A task that is gone was there a moment ago.
+        self.report.late = LateList(late.iter().map(|p| self.late(p)).filter(|l| l.pid != 0).collect());
         self.report.waited_ns += u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         if self.policy.strict && !self.report.late.0.is_empty() {
             return Err(DumpError::Late { timeout: self.policy.timeout, late: self.report.late.clone() });
