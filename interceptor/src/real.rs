@@ -12,7 +12,7 @@
 //! Limits: a program linked against a libc before 2.15 gets the newer `posix_spawn`, which does not run a
 //! script without `#!` by the shell.
 
-use core::ffi::{CStr, c_char, c_int, c_void};
+use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 /// `execve(2)`.
@@ -31,6 +31,13 @@ pub type Spawn = unsafe extern "C" fn(
     *const *const c_char,
     *const *const c_char,
 ) -> c_int;
+
+/// `vfork(2)`.
+pub type Vfork = unsafe extern "C" fn() -> libc::pid_t;
+/// `sendmsg(2)`.
+pub type Sendmsg = unsafe extern "C" fn(c_int, *const libc::msghdr, c_int) -> isize;
+/// `sendmmsg(2)`.
+pub type Sendmmsg = unsafe extern "C" fn(c_int, *mut libc::mmsghdr, c_uint, c_int) -> c_int;
 
 /// One interposed function: its name, and its next definition once [`resolve`] has run.
 struct Next {
@@ -59,7 +66,11 @@ static EXECVEAT: Next = Next::new(c"execveat");
 static FEXECVE: Next = Next::new(c"fexecve");
 static POSIX_SPAWN: Next = Next::new(c"posix_spawn");
 static POSIX_SPAWNP: Next = Next::new(c"posix_spawnp");
-static ALL: [&Next; 6] = [&EXECVE, &EXECVPE, &EXECVEAT, &FEXECVE, &POSIX_SPAWN, &POSIX_SPAWNP];
+static VFORK: Next = Next::new(c"vfork");
+static SENDMSG: Next = Next::new(c"sendmsg");
+static SENDMMSG: Next = Next::new(c"sendmmsg");
+static ALL: [&Next; 9] =
+    [&EXECVE, &EXECVPE, &EXECVEAT, &FEXECVE, &POSIX_SPAWN, &POSIX_SPAWNP, &VFORK, &SENDMSG, &SENDMMSG];
 
 static RESOLVED: AtomicBool = AtomicBool::new(false);
 /// The path we were loaded from, null while unknown; owned by the dynamic loader, which never unloads a
@@ -100,6 +111,19 @@ next_function!(
 next_function!(
     /// The next `posix_spawnp`.
     posix_spawnp, POSIX_SPAWNP, Spawn
+);
+
+next_function!(
+    /// The next `vfork`.
+    vfork, VFORK, Vfork
+);
+next_function!(
+    /// The next `sendmsg`.
+    sendmsg, SENDMSG, Sendmsg
+);
+next_function!(
+    /// The next `sendmmsg`; libc has it since 2.14.
+    sendmmsg, SENDMMSG, Sendmmsg
 );
 
 /// The absolute path we were loaded from, if there is one that `LD_PRELOAD` can name.

@@ -526,6 +526,9 @@ fn exported_symbols_and_what_it_needs() {
         "fexecve",
         "posix_spawn",
         "posix_spawnp",
+        "sendmmsg",
+        "sendmsg",
+        "vfork",
     ];
     expected.sort_unstable();
     assert_eq!(defined, expected);
@@ -574,7 +577,7 @@ impl Cat {
     fn control(&self) -> Option<abi::ControlSnapshot> {
         let mut bytes = vec![0; abi::CONTROL_SIZE_BYTES];
         self.memory().read_exact_at(&mut bytes, self.control_address()?).unwrap();
-        assert!(bytes[32..].iter().all(|byte| *byte == 0), "reserved bytes are zero");
+        assert!(bytes[32..].iter().all(|byte| *byte == 0), "no field after the generation is set");
         abi::decode_control(&bytes)
     }
 }
@@ -606,7 +609,13 @@ fn symbol_value(file: &[u8], name: &str) -> Option<u64> {
 
 #[test]
 fn the_control_word_is_found_from_outside() {
-    let ready = abi::ControlSnapshot { state: abi::STATE_READY, generation: 0 };
+    let ready = abi::ControlSnapshot {
+        state: abi::STATE_READY,
+        generation: 0,
+        gate: abi::GATE_OPEN,
+        gate_deadline_ns: 0,
+        in_flight: [0; abi::IN_FLIGHT_COUNT],
+    };
     let cat = Cat::preloaded();
     assert_eq!(cat.control(), Some(ready));
     assert_eq!(cat.control_address().unwrap() % abi::CONTROL_SIZE_BYTES as u64, 0, "a page of its own");

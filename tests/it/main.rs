@@ -2,6 +2,7 @@
 //! End-to-end tests: one module per area, in it one entry per guest (see `guest_tests!`).
 #![forbid(unsafe_code)]
 
+mod barrier;
 mod chains;
 mod clock;
 mod commands;

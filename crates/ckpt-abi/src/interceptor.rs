@@ -4,18 +4,40 @@
 //! # Format
 //! `libckpt_interceptor.so` exports one data symbol, [`CONTROL_SYMBOL`], in its ELF dynamic symbol table.
 //! It is a [`Control`]: one page of its own, in the library's private writable data, so that each process
-//! has its own copy (fork copies it, execve starts afresh). A dumper finds it from outside:
-//! 1. the mapping of the library in `/proc/PID/maps`, at file offset 0, gives the load address;
-//! 2. the symbol's value in the file's `.dynsym` is added to it;
-//! 3. the page is read (and, with the process frozen, written) through `/proc/PID/mem`.
+//! has its own copy (fork copies it, execve starts afresh). A dumper finds it from outside, in the memory of
+//! the process:
+//! 1. the dynamic loader's list of objects (`DT_DEBUG` of the program, `struct r_debug` in `link.h`) has an
+//!    object called [`LIBRARY_NAME`], with its load address;
+//! 2. the symbol's value in the object's `.dynsym`, which is in its memory too, is added to it;
+//! 3. the page is read and written through `/proc/PID/mem`.
+//!
+//! `/proc/PID/maps` names the library too, but not in a restored process, whose library is anonymous memory;
+//! and its path may lead to another build by now.
 //!
 //! All fields are little-endian, the byte order of the only architecture there is.
 //!
+//! | offset | bytes | |
+//! |---|---|---|
+//! | 0 | 8 | magic |
+//! | 8 | 4 | version |
+//! | 12 | 4 | size |
+//! | 16 | 4 | state |
+//! | 20 | 4 | flags; none so far |
+//! | 24 | 8 | generation |
+//! | 32 | 4 | gate: [`GATE_OPEN`] or [`GATE_CLOSED`]; written by the dumper only |
+//! | 40 | 8 | when a closed gate counts as open: `CLOCK_MONOTONIC` as the process reads it, nanoseconds |
+//! | 64 | 64 | sixteen counters of what is under way, by `IN_FLIGHT_…` |
+//! | 128 | 128 | hooks |
+//! | 256 | 64 | watches |
+//!
+//! What is not listed is reserved and zero.
+//!
 //! # Limits
 //! A reader must check `magic`, then `version`, then `size`, and treat a process where one of them is not
-//! what it knows as a process without the interceptor. Reserved bytes are zero in version 1. The layout of
-//! a version never changes.
+//! what it knows as a process without the interceptor. So are those with version 1, which had no gate. The
+//! layout of a version never changes.
 
+use core::mem::offset_of;
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Name of the exported symbol.
@@ -33,7 +55,7 @@ pub const OPT_OUT_VARIABLE: &str = "CKPT_NO_INTERCEPTOR";
 pub const CONTROL_MAGIC: u64 = u64::from_le_bytes(*b"CKPTCTL\0");
 
 /// Version of the layout described here.
-pub const CONTROL_VERSION: u32 = 1;
+pub const CONTROL_VERSION: u32 = 2;
 
 /// Size of the control word in bytes: one page, and aligned to one.
 pub const CONTROL_SIZE_BYTES: usize = 4096;
@@ -43,6 +65,25 @@ pub const STATE_LOADING: u32 = 0;
 
 /// `state`: the constructor has run; the exec family is interposed.
 pub const STATE_READY: u32 = 1;
+
+/// `gate`: calls go on at once.
+pub const GATE_OPEN: u32 = 0;
+
+/// `gate`: the calls that must not be half-way when the process is frozen wait until it is open, or until
+/// `gate_deadline_ns` has passed.
+pub const GATE_CLOSED: u32 = 1;
+
+/// Number of counters in `in_flight`.
+pub const IN_FLIGHT_COUNT: usize = 16;
+
+/// Index in `in_flight`: requests of asynchronous I/O (`io_submit`) that have not completed.
+pub const IN_FLIGHT_AIO: usize = 2;
+
+/// Index in `in_flight`: requests of `io_uring` that have not completed.
+pub const IN_FLIGHT_IO_URING: usize = 3;
+
+/// Index in `in_flight`: critical sections in which the application does not want to be dumped.
+pub const IN_FLIGHT_CRITICAL: usize = 4;
 
 /// The control word, as it lies in the memory of a process that carries the interceptor.
 ///
@@ -58,26 +99,48 @@ pub struct Control {
     pub size_bytes: u32,
     /// [`STATE_LOADING`] or [`STATE_READY`]; written by the library.
     pub state: AtomicU32,
-    /// Zero; keeps `generation` aligned.
-    pub reserved0: u32,
+    /// Zero: no flag is defined.
+    pub flags: AtomicU32,
     /// Zero at load; for the dumper, which may count the dumps of this process here. The library never
     /// writes it.
     pub generation: AtomicU64,
+    /// [`GATE_OPEN`] or [`GATE_CLOSED`]; written by the dumper only.
+    pub gate: AtomicU32,
+    /// Zero.
+    pub reserved0: u32,
+    /// When a closed gate counts as open: `CLOCK_MONOTONIC` as the process reads it, in nanoseconds. It bounds
+    /// what a dumper does that was killed.
+    pub gate_deadline_ns: AtomicU64,
+    /// Zero.
+    pub reserved1: [u64; 2],
+    /// What is under way, by `IN_FLIGHT_…`; written by the library only.
+    pub in_flight: [AtomicU32; IN_FLIGHT_COUNT],
+    /// Hooks of the application.
+    pub hooks: [AtomicU64; 16],
+    /// Paths of watched files.
+    pub watches: [AtomicU64; 8],
     /// Zero in this version.
-    pub reserved: [u8; CONTROL_SIZE_BYTES - 32],
+    pub reserved: [u8; CONTROL_SIZE_BYTES - 320],
 }
 
 impl Control {
-    /// The control word as it is in the library's file: version 1, constructor not yet run.
+    /// The control word as it is in the library's file: constructor not yet run, gate open, nothing under way.
     pub const fn new() -> Self {
         Self {
             magic: CONTROL_MAGIC,
             version: CONTROL_VERSION,
             size_bytes: CONTROL_SIZE_BYTES as u32,
             state: AtomicU32::new(STATE_LOADING),
-            reserved0: 0,
+            flags: AtomicU32::new(0),
             generation: AtomicU64::new(0),
-            reserved: [0; CONTROL_SIZE_BYTES - 32],
+            gate: AtomicU32::new(GATE_OPEN),
+            reserved0: 0,
+            gate_deadline_ns: AtomicU64::new(0),
+            reserved1: [0; 2],
+            in_flight: [const { AtomicU32::new(0) }; IN_FLIGHT_COUNT],
+            hooks: [const { AtomicU64::new(0) }; 16],
+            watches: [const { AtomicU64::new(0) }; 8],
+            reserved: [0; CONTROL_SIZE_BYTES - 320],
         }
     }
 }
@@ -95,9 +158,15 @@ pub struct ControlSnapshot {
     pub state: u32,
     /// The dumper's counter.
     pub generation: u64,
+    /// [`GATE_OPEN`] or [`GATE_CLOSED`].
+    pub gate: u32,
+    /// When a closed gate counts as open, see [`Control::gate_deadline_ns`].
+    pub gate_deadline_ns: u64,
+    /// What is under way.
+    pub in_flight: [u32; IN_FLIGHT_COUNT],
 }
 
-/// Decodes the bytes read at the symbol. `None` if they are not a version 1 control word: too short,
+/// Decodes the bytes read at the symbol. `None` if they are not a control word of this version: too short,
 /// another magic, version or size. The bytes come from an untrusted process and are only compared, never
 /// followed.
 pub fn decode_control(bytes: &[u8]) -> Option<ControlSnapshot> {
@@ -110,19 +179,35 @@ pub fn decode_control(bytes: &[u8]) -> Option<ControlSnapshot> {
     {
         return None;
     }
-    Some(ControlSnapshot { state: u32_at(16)?, generation: u64_at(24)? })
+    let mut in_flight = [0; IN_FLIGHT_COUNT];
+    for (index, count) in in_flight.iter_mut().enumerate() {
+        *count = u32_at(offset_of!(Control, in_flight) + 4 * index)?;
+    }
+    Some(ControlSnapshot {
+        state: u32_at(offset_of!(Control, state))?,
+        generation: u64_at(offset_of!(Control, generation))?,
+        gate: u32_at(offset_of!(Control, gate))?,
+        gate_deadline_ns: u64_at(offset_of!(Control, gate_deadline_ns))?,
+        in_flight,
+    })
 }
 
 // The layout is an ABI: it is checked in every build, not only in the tests.
 const _: () = {
     assert!(core::mem::size_of::<Control>() == CONTROL_SIZE_BYTES);
     assert!(core::mem::align_of::<Control>() == CONTROL_SIZE_BYTES);
-    assert!(core::mem::offset_of!(Control, magic) == 0);
-    assert!(core::mem::offset_of!(Control, version) == 8);
-    assert!(core::mem::offset_of!(Control, size_bytes) == 12);
-    assert!(core::mem::offset_of!(Control, state) == 16);
-    assert!(core::mem::offset_of!(Control, generation) == 24);
-    assert!(core::mem::offset_of!(Control, reserved) == 32);
+    assert!(offset_of!(Control, magic) == 0);
+    assert!(offset_of!(Control, version) == 8);
+    assert!(offset_of!(Control, size_bytes) == 12);
+    assert!(offset_of!(Control, state) == 16);
+    assert!(offset_of!(Control, flags) == 20);
+    assert!(offset_of!(Control, generation) == 24);
+    assert!(offset_of!(Control, gate) == 32);
+    assert!(offset_of!(Control, gate_deadline_ns) == 40);
+    assert!(offset_of!(Control, in_flight) == 64);
+    assert!(offset_of!(Control, hooks) == 128);
+    assert!(offset_of!(Control, watches) == 256);
+    assert!(offset_of!(Control, reserved) == 320);
 };
 
 #[cfg(test)]
@@ -132,16 +217,36 @@ mod tests {
     fn golden() -> [u8; CONTROL_SIZE_BYTES] {
         let mut bytes = [0; CONTROL_SIZE_BYTES];
         bytes[..8].copy_from_slice(b"CKPTCTL\0");
-        bytes[8] = 1;
+        bytes[8] = 2;
         bytes[13] = 0x10;
         bytes[16] = 1;
         bytes[24] = 7;
+        bytes[32] = 1;
+        bytes[40..48].copy_from_slice(&[1, 2, 0, 0, 0, 0, 0, 0]);
+        bytes[64] = 3;
+        bytes[124] = 4;
         bytes
     }
 
     #[test]
     fn golden_bytes_decode() {
-        assert_eq!(decode_control(&golden()), Some(ControlSnapshot { state: STATE_READY, generation: 7 }));
+        let mut in_flight = [0; IN_FLIGHT_COUNT];
+        (in_flight[0], in_flight[15]) = (3, 4);
+        let expected = ControlSnapshot {
+            state: STATE_READY,
+            generation: 7,
+            gate: GATE_CLOSED,
+            gate_deadline_ns: 0x201,
+            in_flight,
+        };
+        assert_eq!(decode_control(&golden()), Some(expected));
+    }
+
+    #[test]
+    fn the_first_version_is_not_taken_for_this_one() {
+        let mut bytes = golden();
+        bytes[8] = 1;
+        assert_eq!(decode_control(&bytes), None);
     }
 
     #[test]
