@@ -6,6 +6,7 @@
 //!   environment (`exec`, `environment`).
 //! - It exports the control word by which a dumper recognises it (`ckpt_abi::interceptor` is its
 //!   description).
+//! - It records what the kernel does not tell: paths of inotify watches (`inotify`).
 //!
 //! # What it promises to the application
 //! At load it opens no fd, starts no thread, installs no signal handler and allocates nothing. Afterwards
@@ -26,6 +27,8 @@
 
 mod environment;
 mod exec;
+mod inotify;
+mod kernel;
 mod real;
 
 use ckpt_abi::interceptor::{Control, STATE_READY};
@@ -40,6 +43,7 @@ pub static ckpt_control: Control = Control::new();
 /// Run by the dynamic loader before `main`.
 extern "C" fn constructor(_argc: c_int, _argv: *const *const c_char, _envp: *const *const c_char) {
     real::resolve();
+    inotify::announce();
     ckpt_control.state.store(STATE_READY, Ordering::Release);
 }
 

@@ -32,6 +32,9 @@ pub type Spawn = unsafe extern "C" fn(
     *const *const c_char,
 ) -> c_int;
 
+/// `inotify_add_watch(2)`.
+pub type InotifyAddWatch = unsafe extern "C" fn(c_int, *const c_char, u32) -> c_int;
+
 /// One interposed function: its name, and its next definition once [`resolve`] has run.
 struct Next {
     name: &'static CStr,
@@ -59,7 +62,9 @@ static EXECVEAT: Next = Next::new(c"execveat");
 static FEXECVE: Next = Next::new(c"fexecve");
 static POSIX_SPAWN: Next = Next::new(c"posix_spawn");
 static POSIX_SPAWNP: Next = Next::new(c"posix_spawnp");
-static ALL: [&Next; 6] = [&EXECVE, &EXECVPE, &EXECVEAT, &FEXECVE, &POSIX_SPAWN, &POSIX_SPAWNP];
+static INOTIFY_ADD_WATCH: Next = Next::new(c"inotify_add_watch");
+static ALL: [&Next; 7] =
+    [&EXECVE, &EXECVPE, &EXECVEAT, &FEXECVE, &POSIX_SPAWN, &POSIX_SPAWNP, &INOTIFY_ADD_WATCH];
 
 static RESOLVED: AtomicBool = AtomicBool::new(false);
 /// The path we were loaded from, null while unknown; owned by the dynamic loader, which never unloads a
@@ -100,6 +105,10 @@ next_function!(
 next_function!(
     /// The next `posix_spawnp`.
     posix_spawnp, POSIX_SPAWNP, Spawn
+);
+next_function!(
+    /// The next `inotify_add_watch`.
+    inotify_add_watch, INOTIFY_ADD_WATCH, InotifyAddWatch
 );
 
 /// The absolute path we were loaded from, if there is one that `LD_PRELOAD` can name.

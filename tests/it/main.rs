@@ -15,6 +15,7 @@ mod files;
 mod flush;
 mod image_damage;
 mod incremental;
+mod inotify;
 mod interrupted;
 mod late_changes;
 mod lazy;
@@ -38,6 +39,7 @@ fn every_kind_has_a_guest_that_needs_it() {
         eventfd::proven::KINDS,
         external::proven::KINDS,
         files::proven::KINDS,
+        inotify::proven::KINDS,
         locks::proven::KINDS,
         memory::proven::KINDS,
         pipes::proven::KINDS,

@@ -76,6 +76,8 @@ kinds! {
     SIGNALFD = "signalfd";
     /// Timers as descriptors.
     TIMERFD = "timerfd";
+    /// inotify instances.
+    INOTIFY = "inotify";
 }
 
 /// memfds are shared objects.

@@ -90,4 +90,6 @@ kinds! {
     Timerfd = 45, "timerfd";
     /// TCP sockets.
     TcpSocket = 46, "tcp_socket";
+    /// inotify(7).
+    Inotify = 47, "inotify";
 }

@@ -21,8 +21,8 @@ use ckpt_engine::resource::fd::file_lock::Family;
 use ckpt_engine::resource::fd::pipe::PipeContent;
 use ckpt_engine::resource::fd::table::Entry;
 use ckpt_engine::resource::fd::{
-    Opened, char_device, directory, epoll, eventfd, external, fifo, file_lock, pipe, regular_file, signalfd,
-    table, tcp_socket, timerfd, tty, unix_socket,
+    Opened, char_device, directory, epoll, eventfd, external, fifo, file_lock, inotify, pipe, regular_file,
+    signalfd, table, tcp_socket, timerfd, tty, unix_socket,
 };
 use ckpt_engine::resource::memory_map::{Backing, MappedFile, VmaRecord};
 use ckpt_engine::resource::shared_object::Origin;
@@ -379,6 +379,22 @@ fn of_descriptors() -> Vec<Sample> {
             &fifo::FifoRecord { opened: opened(), path: b"/fifo".to_vec(), content: Some(content()) },
         ),
         sample(
+            Kind::Inotify,
+            inotify::VERSION,
+            "full",
+            &inotify::InotifyRecord {
+                opened: opened(),
+                number: 0x1516_1718,
+                watches: vec![inotify::WatchRecord {
+                    number: 0x0102_0304,
+                    mask: 0x0506_0708,
+                    path: b"/watched".to_vec(),
+                    state: Some(0x090a_0b0c_0d0e_0f10),
+                }],
+                queued_bytes: 0x1112_1314,
+            },
+        ),
+        sample(
             Kind::Eventfd,
             eventfd::VERSION,
             "semaphore",
@@ -390,6 +406,7 @@ fn of_descriptors() -> Vec<Sample> {
             "watch",
             &epoll::EpollRecord {
                 opened: opened(),
+                number: 0x1516_1718,
                 watches: vec![Watch { pid: 1, number: 2, via: 3, instance: 4, events: 5, data: 6 }],
             },
         ),
@@ -595,7 +612,7 @@ fn every_record_has_a_sample() {
         assert!(samples.iter().any(|s| s.kind == *kind), "{} has no sample", kind.name());
     }
     // Parts of other records.
-    let parts = ["VmaRecord"];
+    let parts = ["VmaRecord", "WatchRecord"];
     let mut pending = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/resource")];
     let mut found = 0;
     while let Some(dir) = pending.pop() {

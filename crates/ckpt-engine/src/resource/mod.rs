@@ -399,6 +399,7 @@ pub static REGISTRY: &[&dyn Resource] = &[
     &fd::epoll::EpollResource,
     &fd::signalfd::SignalfdResource,
     &fd::timerfd::TimerfdResource,
+    &fd::inotify::InotifyResource,
     &fd::unix_socket::UnixSocketResource,
     &fd::tcp_socket::TcpSocketResource,
     &fd::table::FdTableResource,

@@ -8,6 +8,7 @@ pub mod eventfd;
 pub mod external;
 pub mod fifo;
 pub mod file_lock;
+pub mod inotify;
 pub mod pipe;
 pub mod regular_file;
 pub mod signalfd;
