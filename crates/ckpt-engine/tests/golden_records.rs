@@ -406,7 +406,6 @@ fn of_descriptors() -> Vec<Sample> {
             "watch",
             &epoll::EpollRecord {
                 opened: opened(),
-                number: 0x1516_1718,
                 watches: vec![Watch { pid: 1, number: 2, via: 3, instance: 4, events: 5, data: 6 }],
             },
         ),
