@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ckpt_job::JobName;
 use ckpt_job::policy::{DumpOn, Recover, Span, Threshold};
@@ -23,6 +24,7 @@ Exit status:
     116  this host cannot: see `ckpt doctor`
     117  no space, or a store that cannot be written to
     118  saved: a dump ended the job (--dump-on SIGNAL:stop, dump --stop); `ckpt run --resume` goes on
+    119  late: a process did not come to a safe point in time (dump --strict); the job goes on
     126  the command of `run` could not be executed
     127  the command of `run` was not found";
 
@@ -300,6 +302,18 @@ pub struct DumpArgs {
     /// and the files that it refers to survive a power cut together. A flush that fails makes the dump fail.
     #[arg(long)]
     pub flush: bool,
+
+    /// Wait this long for all processes to come to a safe point; 0 to freeze them as they are.
+    ///
+    /// A process that is just starting another one (vfork, posix_spawn), or to which descriptors are on their way (SCM_RIGHTS), soon will be at
+    /// one. Where ckpt's interceptor is in the processes, they begin nothing of that kind anew meanwhile. Who is late is named, and the job
+    /// is frozen all the same.
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse_timeout)]
+    pub barrier_timeout: Duration,
+
+    /// Dump nothing if a process is not at a safe point when that time is up (exit status 119); the job goes on.
+    #[arg(long)]
+    pub strict: bool,
 
     /// How to compress memory.
     #[arg(long, value_enum, default_value_t = Compression::None, value_name = "METHOD")]
@@ -671,6 +685,11 @@ fn parse_size(text: &str) -> Result<NonZeroU64, String> {
     };
     let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift)).and_then(NonZeroU64::new);
     bytes.ok_or_else(|| "give a number of bytes above 0, such as 500000, 64K, 10M or 2G".to_owned())
+}
+
+/// A length of time, or 0 for none.
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    if text == "0" { Ok(Duration::ZERO) } else { text.parse::<Span>().map(Span::duration) }
 }
 
 /// A signal by name or number.

@@ -16,6 +16,7 @@
 //! | 116 | host cannot: this host or kernel lacks or forbids something, see `ckpt doctor` |
 //! | 117 | no space, or a store that cannot be written to |
 //! | 118 | a dump saved the job and ended it |
+//! | 119 | late: a process did not come to a safe point in time (`dump --strict`); the job goes on |
 //! | 125 | ckpt itself failed, in commands that end with a job's status |
 //! | 126 | the command of `run` was found and could not be executed |
 //! | 127 | the command of `run` was not found |
@@ -56,6 +57,8 @@ impl ExitCode {
     pub const NO_SPACE: ExitCode = ExitCode(117);
     /// A dump saved the job and ended it.
     pub const SAVED: ExitCode = ExitCode(118);
+    /// A process did not come to a safe point in time.
+    pub const LATE: ExitCode = ExitCode(119);
     /// ckpt itself failed, in a command that ends with a job's status.
     pub const OWN_FAILURE: ExitCode = ExitCode(125);
     /// The command could not be executed.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The interposed functions: every way of libc to start a program.
 //!
+//! Those that borrow the memory of their caller for it (`posix_spawn`, `posix_spawnp`, `vfork`) pass the gate first.
+//!
 //! Each completes the environment and calls the next definition of itself, or of the function that libc
 //! documents it to be a front end of (`exec(3)`): `execv` and `execl` are `execve`, `execvp` and `execlp`
 //! are `execvpe`, with `environ`. Search in `PATH`, the shell for scripts without `#!` and errno are
@@ -11,6 +13,7 @@
 //! limit.
 
 use crate::environment::{Attempt, current, with_completed};
+use crate::gate::{self, missing};
 use crate::real;
 use core::ffi::{c_char, c_int};
 
@@ -20,13 +23,6 @@ type Strings = *const *const c_char;
 fn attempted(result: c_int) -> Attempt {
     // SAFETY: errno's address is valid in every thread.
     Attempt { result, too_big: result == -1 && unsafe { *libc::__errno_location() } == libc::E2BIG }
-}
-
-/// A function that this libc has not.
-fn missing() -> c_int {
-    // SAFETY: errno's address is valid in every thread.
-    unsafe { *libc::__errno_location() = libc::ENOSYS };
-    -1
 }
 
 /// # Safety
@@ -130,6 +126,7 @@ unsafe fn spawn_completed(
     envp: Strings,
 ) -> c_int {
     let Some(next) = next else { return libc::ENOSYS };
+    gate::pass();
     // SAFETY: as execve_completed. Not tried again when too big: the child has carried out the file
     // actions by then.
     unsafe {
@@ -172,6 +169,36 @@ pub unsafe extern "C" fn posix_spawnp(
 ) -> c_int {
     // SAFETY: the caller's.
     unsafe { spawn_completed(real::posix_spawnp(), pid, file, actions, attributes, argv, envp) }
+}
+
+/// What to jump to from `vfork`: the next one, once the gate is open.
+extern "C" fn vfork_target() -> real::Vfork {
+    extern "C" fn none() -> libc::pid_t {
+        missing()
+    }
+    gate::pass();
+    real::vfork().unwrap_or(none)
+}
+
+/// Interposes `vfork(2)`. It returns twice on one stack, so nothing of ours may be on it any more when libc's is
+/// entered: that one is jumped to, and returns to our caller.
+///
+/// # Safety
+/// As the C function.
+#[unsafe(no_mangle)]
+#[unsafe(naked)]
+pub unsafe extern "C" fn vfork() -> libc::pid_t {
+    core::arch::naked_asm!(
+        ".cfi_startproc",
+        "sub rsp, 8",
+        ".cfi_adjust_cfa_offset 8",
+        "call {target}",
+        "add rsp, 8",
+        ".cfi_adjust_cfa_offset -8",
+        "jmp rax",
+        ".cfi_endproc",
+        target = sym vfork_target,
+    )
 }
 
 /// What `execl` does once its arguments are an array.

@@ -7,11 +7,13 @@
 //! - It exports the control word by which a dumper recognises it (`ckpt_abi::interceptor` is its
 //!   description).
 //! - It records what the kernel does not tell: paths of inotify watches (`inotify`).
+//! - It holds back, while a dumper has closed the gate in it, calls that must not be half-way when the process
+//!   is frozen (`gate`, `message`).
 //!
 //! # What it promises to the application
 //! At load it opens no fd, starts no thread, installs no signal handler and allocates nothing. Afterwards
 //! it holds no lock and no state that fork, vfork, signals or a concurrent exec could catch half-written:
-//! all it keeps are pointers that are stored once and never change.
+//! all it keeps are pointers that are stored once and never change, and the gate, which only a dumper writes.
 //!
 //! # Limits
 //! - Programs that call the kernel past libc (`syscall(SYS_execve, …)`), and `system`, `popen` and
@@ -27,8 +29,10 @@
 
 mod environment;
 mod exec;
+mod gate;
 mod inotify;
 mod kernel;
+mod message;
 mod real;
 
 use ckpt_abi::interceptor::{Control, STATE_READY};

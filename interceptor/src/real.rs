@@ -12,7 +12,7 @@
 //! Limits: a program linked against a libc before 2.15 gets the newer `posix_spawn`, which does not run a
 //! script without `#!` by the shell.
 
-use core::ffi::{CStr, c_char, c_int, c_void};
+use core::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 /// `execve(2)`.
@@ -34,6 +34,12 @@ pub type Spawn = unsafe extern "C" fn(
 
 /// `inotify_add_watch(2)`.
 pub type InotifyAddWatch = unsafe extern "C" fn(c_int, *const c_char, u32) -> c_int;
+/// `vfork(2)`.
+pub type Vfork = unsafe extern "C" fn() -> libc::pid_t;
+/// `sendmsg(2)`.
+pub type Sendmsg = unsafe extern "C" fn(c_int, *const libc::msghdr, c_int) -> isize;
+/// `sendmmsg(2)`.
+pub type Sendmmsg = unsafe extern "C" fn(c_int, *mut libc::mmsghdr, c_uint, c_int) -> c_int;
 
 /// One interposed function: its name, and its next definition once [`resolve`] has run.
 struct Next {
@@ -63,8 +69,21 @@ static FEXECVE: Next = Next::new(c"fexecve");
 static POSIX_SPAWN: Next = Next::new(c"posix_spawn");
 static POSIX_SPAWNP: Next = Next::new(c"posix_spawnp");
 static INOTIFY_ADD_WATCH: Next = Next::new(c"inotify_add_watch");
-static ALL: [&Next; 7] =
-    [&EXECVE, &EXECVPE, &EXECVEAT, &FEXECVE, &POSIX_SPAWN, &POSIX_SPAWNP, &INOTIFY_ADD_WATCH];
+static VFORK: Next = Next::new(c"vfork");
+static SENDMSG: Next = Next::new(c"sendmsg");
+static SENDMMSG: Next = Next::new(c"sendmmsg");
+static ALL: [&Next; 10] = [
+    &EXECVE,
+    &EXECVPE,
+    &EXECVEAT,
+    &FEXECVE,
+    &POSIX_SPAWN,
+    &POSIX_SPAWNP,
+    &INOTIFY_ADD_WATCH,
+    &VFORK,
+    &SENDMSG,
+    &SENDMMSG,
+];
 
 static RESOLVED: AtomicBool = AtomicBool::new(false);
 /// The path we were loaded from, null while unknown; owned by the dynamic loader, which never unloads a
@@ -109,6 +128,19 @@ next_function!(
 next_function!(
     /// The next `inotify_add_watch`.
     inotify_add_watch, INOTIFY_ADD_WATCH, InotifyAddWatch
+);
+
+next_function!(
+    /// The next `vfork`.
+    vfork, VFORK, Vfork
+);
+next_function!(
+    /// The next `sendmsg`.
+    sendmsg, SENDMSG, Sendmsg
+);
+next_function!(
+    /// The next `sendmmsg`; libc has it since 2.14.
+    sendmmsg, SENDMMSG, Sendmmsg
 );
 
 /// The absolute path we were loaded from, if there is one that `LD_PRELOAD` can name.

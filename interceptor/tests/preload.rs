@@ -526,6 +526,9 @@ fn exported_symbols_and_what_it_needs() {
         "fexecve",
         "posix_spawn",
         "posix_spawnp",
+        "sendmmsg",
+        "sendmsg",
+        "vfork",
     ];
     expected.sort_unstable();
     assert_eq!(defined, expected);

@@ -19,7 +19,7 @@ struct Outcome {
 /// Runs the command.
 pub fn run(args: &CheckArgs, report: &Report) -> Result<ExitCode> {
     let info = job_info::of(&ckpt_job::status(&args.name)?, args.tcp)?;
-    match ckpt_engine::dump::check(&info) {
+    match ckpt_engine::dump::check(&info, false) {
         Ok(found) => {
             if args.json {
                 let memory_bytes = Some(found.memory_bytes);

@@ -4,6 +4,7 @@
 use std::num::NonZeroU64;
 
 use anyhow::{Context as _, Result};
+use ckpt_engine::dump::barrier::{BarrierPolicy, BarrierReport};
 use ckpt_engine::dump::{DumpRequest, dump};
 use ckpt_engine::error::DumpError;
 use ckpt_engine::snapshot::Engine;
@@ -40,6 +41,7 @@ struct Outcome<'a> {
     duplicated_bytes: Option<u64>,
     /// Files and directories that were flushed (`--flush`).
     flushed_files: Option<usize>,
+    barrier: &'a BarrierReport,
     warnings: &'a [String],
 }
 
@@ -68,7 +70,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let info = job_info::of(&job, args.tcp)?;
     let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
-    ckpt_engine::dump::check(&info)?;
+    ckpt_engine::dump::check(&info, true)?;
     let root = if args.store.store.is_some() {
         store_directory(&args.store)?
     } else {
@@ -98,6 +100,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         incremental,
         with_files: args.with_files || with_files,
         flush: args.flush,
+        barrier: BarrierPolicy { timeout: args.barrier_timeout, strict: args.strict },
         io_limit: args.io_limit,
         free_bytes: free_bytes(claim.dir())?,
         progress: &mut |done, all| {
@@ -179,6 +182,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
                 notes: &said,
             }),
             flushed_files: outcome.flushed_files,
+            barrier: &outcome.barrier,
             warnings: &outcome.warnings,
         })?;
     } else {
@@ -239,6 +243,7 @@ fn why_not_kmod(args: &DumpArgs) -> Option<String> {
 pub fn code_of(error: &DumpError) -> Option<ExitCode> {
     match error {
         DumpError::Refused(_) => Some(ExitCode::REFUSED),
+        DumpError::Late { .. } => Some(ExitCode::LATE),
         DumpError::JobEnded => Some(ExitCode::NOT_FOUND),
         DumpError::NoEngine { .. } => Some(ExitCode::HOST_CANNOT),
         DumpError::Space { .. } => Some(ExitCode::NO_SPACE),

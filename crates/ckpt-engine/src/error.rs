@@ -20,6 +20,9 @@ pub struct Refusal {
     pub what: String,
     /// What to do.
     pub advice: String,
+    /// It will soon be over by itself: a barrier waits for it.
+    #[serde(skip)]
+    pub passing: bool,
 }
 
 impl fmt::Display for Refusal {
@@ -40,12 +43,22 @@ pub struct Refusals(pub Vec<Refusal>);
 impl Refusals {
     /// Adds one about a process.
     pub fn process(&mut self, pid: i32, what: impl Into<String>, advice: impl Into<String>) {
-        self.0.push(Refusal { pid, fd: None, what: what.into(), advice: advice.into() });
+        self.0.push(Refusal { pid, fd: None, what: what.into(), advice: advice.into(), passing: false });
     }
 
     /// Adds one about a descriptor.
     pub fn fd(&mut self, pid: i32, fd: i32, what: impl Into<String>, advice: impl Into<String>) {
-        self.0.push(Refusal { pid, fd: Some(fd), what: what.into(), advice: advice.into() });
+        self.0.push(Refusal { pid, fd: Some(fd), what: what.into(), advice: advice.into(), passing: false });
+    }
+
+    /// Adds one about a descriptor, or a process, that will soon be over by itself.
+    pub fn passing(&mut self, pid: i32, fd: Option<i32>, what: impl Into<String>, advice: impl Into<String>) {
+        self.0.push(Refusal { pid, fd, what: what.into(), advice: advice.into(), passing: true });
+    }
+
+    /// Whether all of them will soon be over.
+    pub fn all_passing(&self) -> bool {
+        self.0.iter().all(|r| r.passing)
     }
 
     /// An error if there are any.
@@ -77,6 +90,18 @@ pub enum DumpError {
     /// The job is gone.
     #[error("the job ended while it was being dumped")]
     JobEnded,
+    /// Processes that did not reach a safe point in time, and the dump was not to be made without.
+    #[error(
+        "the job did not come to a safe point within {} s; it runs on undisturbed:{late}\n\
+         Dump again, with a longer --barrier-timeout, or without --strict",
+        timeout.as_secs_f64()
+    )]
+    Late {
+        /// How long they were waited for.
+        timeout: std::time::Duration,
+        /// Who.
+        late: crate::dump::barrier::LateList,
+    },
     /// A task that can't be stopped.
     #[error("pid {pid}: {reason}")]
     NotStopped {

@@ -18,17 +18,21 @@ pub struct Discovered {
     pub memory_bytes: u64,
 }
 
-/// Observes the job and asks every kind.
+/// Observes the job and asks every kind. If somebody `waits` for it, what will soon be over does not count.
 ///
 /// # Errors
 /// [`DumpError::Refused`] with everything that stands in the way.
-pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
+pub fn discover(info: &JobInfo, waits: bool) -> Result<Discovered, DumpError> {
     // Processes come and go while they are looked at: only what is refused, or fails, twice in a row counts.
     let mut before = None;
     let mut job = loop {
         let mut refusals = Refusals::default();
-        let found = Job::observe(info, None, false, &mut refusals)
-            .and_then(|mut job| examine(&mut job, refusals).map(|()| job));
+        let found = Job::observe(info, None, false, &mut refusals).and_then(|mut job| {
+            match examine(&mut job, refusals) {
+                Err(DumpError::Refused(r)) if waits && r.all_passing() => Ok(job),
+                examined => examined.map(|()| job),
+            }
+        });
         match found {
             Ok(job) => break job,
             Err(DumpError::JobEnded) => return Err(DumpError::JobEnded),

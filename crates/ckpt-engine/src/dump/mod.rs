@@ -19,6 +19,7 @@ use crate::model::{Job, JobInfo};
 use crate::resource::Collected;
 use crate::snapshot::{Account, Engine, Prepared, Snapshot, Source};
 use crate::track::{self, Incremental, Tracker};
+use barrier::{Barrier, BarrierPolicy, BarrierReport};
 use ckpt_image::{Compression, Summary};
 use pace::Pace;
 use phases::Phases;
@@ -44,6 +45,8 @@ pub struct DumpRequest<'a> {
     pub with_files: bool,
     /// Bring what the job has written to files to the disk, too.
     pub flush: bool,
+    /// How processes are brought to a safe point.
+    pub barrier: BarrierPolicy,
     /// Bytes a second that are written at most.
     pub io_limit: Option<NonZeroU64>,
     /// Free bytes of the store; asked before anything is stopped.
@@ -65,6 +68,8 @@ pub struct DumpReport {
     pub threads: usize,
     /// About how many bytes of memory the job used.
     pub memory_bytes: u64,
+    /// How the job came to a safe point.
+    pub barrier: BarrierReport,
     /// How long each phase took.
     pub phases: Phases,
     /// What the snapshot took.
@@ -88,12 +93,12 @@ impl DumpReport {
     }
 }
 
-/// Checks whether the job could be dumped now, without stopping it.
+/// Checks whether the job could be dumped, without stopping it: now, or after a barrier has waited for what will soon be over.
 ///
 /// # Errors
 /// [`DumpError::Refused`] with all that stands in the way.
-pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
-    discover::discover(info)
+pub fn check(info: &JobInfo, waits: bool) -> Result<discover::Discovered, DumpError> {
+    discover::discover(info, waits)
 }
 
 /// Dumps the job into `request.dir`. The caller publishes the directory, or removes it after an error.
@@ -110,13 +115,14 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
         incremental,
         with_files,
         flush,
+        barrier,
         io_limit,
         free_bytes,
         progress,
     } = request;
     info.tracked.extend(incremental.iter().flat_map(|i| i.tracking.watched()));
     let mut phases = Phases::default();
-    let mut found = discover::discover(&info)?;
+    let mut found = discover::discover(&info, true)?;
     let prepared = engine.prepare(&found.job, stop)?;
     found.check_room(prepared.as_ref(), compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
@@ -126,29 +132,42 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     };
     let writer = write::start(dir, compression, tracker.as_mut())?;
     phases.end("discover");
-    barrier::prepare(&found.job);
-    phases.end("barrier");
     if flush {
         // While it runs, so that little is left to be flushed at the end.
         flush::Flush::of(&found.job).sync()?;
         phases.end("flush");
     }
+    let mut barrier = Barrier::new(&found.job, barrier);
     let how = How { stop, files: with_files.then_some(dir), flush };
+    let mut engine_now = Some(prepared);
     // Nobody waits for a job that will be ended.
-    let first = still(&found.job, prepared, tracker.as_mut(), how, !stop, &mut phases)?;
-    let taken = match first {
-        Some(taken) => taken,
-        // It changed how its memory behaves just before it was frozen: rare, and now everything is read while it is.
-        None => {
-            if let Some(tracker) = &mut tracker {
-                tracker.begin_again();
+    let mut assume = !stop;
+    let taken = loop {
+        barrier.wait()?;
+        phases.end("barrier");
+        let prepared = match engine_now.take() {
+            Some(prepared) => prepared,
+            None => engine.prepare(&found.job, stop)?,
+        };
+        match still(&found.job, prepared, tracker.as_mut(), &mut barrier, how, assume, &mut phases) {
+            Ok(Some(taken)) => break taken,
+            // It changed how its memory behaves just before it was frozen: rare, and now everything is read while it is.
+            Ok(None) if assume => {
+                assume = false;
+                if let Some(tracker) = &mut tracker {
+                    tracker.begin_again();
+                }
             }
-            let prepared = engine.prepare(&found.job, stop)?;
-            let again = still(&found.job, prepared, tracker.as_mut(), how, false, &mut phases)?;
-            again.ok_or(DumpError::JobEnded)?
+            Ok(None) => return Err(DumpError::JobEnded),
+            // It had passed the gate just before that was closed.
+            Err(DumpError::Refused(refusals)) if refusals.all_passing() && barrier.may_wait() => {}
+            Err(error) => return Err(error),
         }
     };
+    let barrier = barrier.report();
     let Taken { collected, mut snapshot, pause, processes, threads, mut warnings, frozen, flush } = taken;
+    warnings
+        .extend(barrier.late.0.iter().map(|late| format!("not at a safe point when it was frozen: {late}")));
     let flushed_files = match flush {
         Some(flush) => {
             let n = flush.sync()?;
@@ -171,6 +190,7 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
         processes,
         threads,
         memory_bytes,
+        barrier,
         account,
         incremental,
         flushed_files,
@@ -209,6 +229,7 @@ fn still(
     before: &Job,
     engine: Box<dyn Prepared>,
     tracker: Option<&mut Tracker>,
+    barrier: &mut Barrier,
     how: How<'_>,
     assume: bool,
     phases: &mut Phases,
@@ -216,6 +237,7 @@ fn still(
     ckpt_sys::hook::before_freeze();
     let started = Instant::now();
     let mut frozen = freeze::freeze(before, assume, phases)?;
+    barrier.open(&frozen.job);
     let mut warnings = Vec::new();
     let mut collected = collect::collect(&mut frozen, before, &mut warnings)?;
     phases.end("collect");

@@ -43,7 +43,7 @@ pub struct JobRecord {
 pub struct JobResource;
 
 /// Offsets of a process's time namespace: monotonic and boottime, nanoseconds.
-fn time_offsets(host: i32) -> (i64, i64) {
+pub fn time_offsets(host: i32) -> (i64, i64) {
     let text = std::fs::read_to_string(format!("/proc/{host}/timens_offsets")).unwrap_or_default();
     let of = |name: &str| {
         let line = text.lines().find(|l| l.starts_with(name))?;

@@ -99,7 +99,8 @@ impl Resource for UnixSocketResource {
             match ckpt_sys::socket::peek_queue(fd.as_fd(), ends) {
                 Ok(queue) if queue.iter().any(|q| q.carries_descriptors) => {
                     let what = "unix socket with descriptors on their way in it (SCM_RIGHTS)";
-                    refusals.fd(f.pid, f.fd, what, "dump again when they have been received");
+                    let advice = "dump again when they have been received";
+                    refusals.passing(f.pid, Some(f.fd), what, advice);
                 }
                 Ok(queue) if hides_messages(job, f, &queue) => {
                     refusals.fd(
