@@ -6,7 +6,8 @@
 //!   environment (`exec`, `environment`).
 //! - It exports the control word by which a dumper recognises it (`ckpt_abi::interceptor` is its
 //!   description).
-//! - It records what the kernel does not tell: paths of inotify watches (`inotify`).
+//! - It records what the kernel does not tell: paths of inotify watches (`inotify`), requests
+//!   submitted to AIO contexts (`aio`).
 //! - It holds back, while a dumper has closed the gate in it, calls that must not be half-way when the process
 //!   is frozen (`gate`, `message`).
 //!
@@ -27,6 +28,7 @@
 #![cfg(all(target_arch = "x86_64", not(test)))]
 #![no_std]
 
+mod aio;
 mod environment;
 mod exec;
 mod gate;
@@ -48,6 +50,7 @@ pub static ckpt_control: Control = Control::new();
 extern "C" fn constructor(_argc: c_int, _argv: *const *const c_char, _envp: *const *const c_char) {
     real::resolve();
     inotify::announce();
+    aio::announce();
     ckpt_control.state.store(STATE_READY, Ordering::Release);
 }
 

@@ -72,7 +72,8 @@ static INOTIFY_ADD_WATCH: Next = Next::new(c"inotify_add_watch");
 static VFORK: Next = Next::new(c"vfork");
 static SENDMSG: Next = Next::new(c"sendmsg");
 static SENDMMSG: Next = Next::new(c"sendmmsg");
-static ALL: [&Next; 10] = [
+static SYSCALL: Next = Next::new(c"syscall");
+static ALL: [&Next; 11] = [
     &EXECVE,
     &EXECVPE,
     &EXECVEAT,
@@ -83,6 +84,7 @@ static ALL: [&Next; 10] = [
     &VFORK,
     &SENDMSG,
     &SENDMMSG,
+    &SYSCALL,
 ];
 
 static RESOLVED: AtomicBool = AtomicBool::new(false);
@@ -142,6 +144,11 @@ next_function!(
     /// The next `sendmmsg`; libc has it since 2.14.
     sendmmsg, SENDMMSG, Sendmmsg
 );
+
+/// The next `syscall`.
+pub fn syscall() -> Option<*mut c_void> {
+    SYSCALL.get()
+}
 
 /// The absolute path we were loaded from, if there is one that `LD_PRELOAD` can name.
 pub fn own_path() -> Option<&'static CStr> {

@@ -2,6 +2,7 @@
 //! End-to-end tests: one module per area, in it one entry per guest (see `guest_tests!`).
 #![forbid(unsafe_code)]
 
+mod aio;
 mod chains;
 mod clock;
 mod commands;
@@ -34,6 +35,7 @@ mod tty;
 #[test]
 fn every_kind_has_a_guest_that_needs_it() {
     let proven = [
+        aio::proven::KINDS,
         clock::proven::KINDS,
         epoll::proven::KINDS,
         eventfd::proven::KINDS,

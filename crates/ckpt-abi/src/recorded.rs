@@ -12,7 +12,8 @@
 //! is not recorded: whoever reads it looks what is there now.
 //!
 //! Table of contexts: [`AIO_SLOTS`] slots of [`AIO_SLOT_BYTES`]: the context's address u64 (0: free), number of requests
-//! that the kernel has accepted since io_setup(2) u64.
+//! that the kernel has accepted since io_setup(2) u64, calls of io_submit(2) under way u64, pid of the process that has made
+//! it, as it sees itself, u64. A child has the slots of its parent, whose contexts are not its own.
 
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -32,7 +33,7 @@ pub const PATH_BYTES: usize = PATH_SLOT_BYTES - 8;
 pub const AIO_SLOTS: usize = 64;
 
 /// Bytes of a slot in the table of contexts.
-pub const AIO_SLOT_BYTES: usize = 16;
+pub const AIO_SLOT_BYTES: usize = 32;
 
 /// A slot in the table of paths.
 #[repr(C)]
@@ -54,6 +55,23 @@ pub struct AioSlot {
     pub context: AtomicU64,
     /// Requests accepted.
     pub submitted: AtomicU64,
+    /// Calls of io_submit(2) under way, which may not have counted theirs yet.
+    pub busy: AtomicU64,
+    /// Whose it is.
+    pub pid: AtomicU64,
+}
+
+/// What a slot in the table of contexts says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AioCount {
+    /// The context, which is the address of its ring.
+    pub context: u64,
+    /// Requests accepted.
+    pub submitted: u64,
+    /// Calls of io_submit(2) under way.
+    pub busy: u64,
+    /// Whose it is.
+    pub pid: u64,
 }
 
 /// The paths in the bytes of a table. They come from an untrusted process; what makes no sense is left out.
@@ -67,11 +85,12 @@ pub fn paths(table: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// How many requests were submitted to `context`, by the bytes of a table.
-pub fn submitted(table: &[u8], context: u64) -> Option<u64> {
-    table.chunks_exact(AIO_SLOT_BYTES).find_map(|slot| {
-        let (key, value) = slot.split_first_chunk::<8>()?;
-        (u64::from_le_bytes(*key) == context).then(|| value.first_chunk().map(|v| u64::from_le_bytes(*v)))?
+/// The contexts in the bytes of a table, which come from an untrusted process.
+pub fn contexts(table: &[u8]) -> impl Iterator<Item = AioCount> {
+    table.chunks_exact(AIO_SLOT_BYTES).filter_map(|slot| {
+        let word = |i: usize| Some(u64::from_le_bytes(*slot.get(8 * i..)?.first_chunk()?));
+        let count = AioCount { context: word(0)?, submitted: word(1)?, busy: word(2)?, pid: word(3)? };
+        (count.context != 0).then_some(count)
     })
 }
 
@@ -100,10 +119,12 @@ mod tests {
     }
 
     #[test]
-    fn submissions_are_found_by_context() {
+    fn slots_that_are_free_are_no_contexts() {
         let mut table = [0u8; 2 * AIO_SLOT_BYTES];
-        table[16..24].copy_from_slice(&7u64.to_le_bytes());
-        table[24] = 5;
-        assert_eq!((submitted(&table, 7), submitted(&table, 8)), (Some(5), None));
+        for (i, value) in [7u8, 5, 1, 9].into_iter().enumerate() {
+            table[AIO_SLOT_BYTES + 8 * i] = value;
+        }
+        let found = AioCount { context: 7, submitted: 5, busy: 1, pid: 9 };
+        assert!(contexts(&table).eq([found]));
     }
 }

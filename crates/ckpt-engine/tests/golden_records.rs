@@ -29,8 +29,8 @@ use ckpt_engine::resource::shared_object::Origin;
 use ckpt_engine::resource::signal::Action;
 use ckpt_engine::resource::timer::PosixTimer;
 use ckpt_engine::resource::{
-    attribute, credential, fs_context, job, limit, memory_map, pending_signal, process, rseq, saved_file,
-    scheduler, shared_object, shm_file, signal, sysv_semaphore, thread, timer,
+    aio, attribute, credential, fs_context, job, limit, memory_map, pending_signal, process, rseq,
+    saved_file, scheduler, shared_object, shm_file, signal, sysv_semaphore, thread, timer,
 };
 use ckpt_image::codec::{self, Decode, Encode};
 use std::collections::BTreeMap;
@@ -243,6 +243,12 @@ fn of_processes() -> Vec<Sample> {
                 thp_disabled: false,
                 oom_score_adj: -3,
             },
+        ),
+        sample(
+            Kind::Aio,
+            aio::VERSION,
+            "unread",
+            &aio::AioRecord { bytes: 0x0102_0304, head: 5, tail: 0x0607_0809, events: vec![counting(10)] },
         ),
         sample(Kind::Rseq, rseq::VERSION, "thread", &rseq::RseqRecord { pointer: 1, size: 2, signature: 3 }),
     ]

@@ -266,7 +266,11 @@ fn root_of(p: &Process) -> String {
 /// A table that the interceptor keeps in a process, announced by the words of [`Control::watches`] from `index` on: address and
 /// length. Nothing in it is trusted.
 pub fn recorded_table(p: &Process, index: usize, most_bytes: usize) -> Option<Vec<u8>> {
-    let control = ControlWord::find(p.host)?;
+    table_of(&ControlWord::find(p.host)?, index, most_bytes)
+}
+
+/// As [`recorded_table`], of a process whose control word was found.
+pub fn table_of(control: &ControlWord, index: usize, most_bytes: usize) -> Option<Vec<u8>> {
     let word = |i: usize| control.read_u64(offset_of!(Control, watches) + 8 * i).ok();
     if word(2)? != recorded::LAYOUT {
         return None;

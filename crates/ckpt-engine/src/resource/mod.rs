@@ -6,6 +6,7 @@
 //! other objects, *finish* (positions, locks, protections) and *arm* (timers) when it is restored. No step has a
 //! default: a kind that forgets one does not compile.
 
+pub mod aio;
 pub mod attribute;
 pub mod credential;
 pub mod fd;
@@ -377,6 +378,7 @@ pub static REGISTRY: &[&dyn Resource] = &[
     &sysv_semaphore::SysvSemaphoreResource,
     &shared_object::SharedObjectResource,
     &memory_map::MemoryMapResource,
+    &aio::AioResource,
     &thread::ThreadResource,
     &signal::SignalResource,
     &pending_signal::PendingSignalResource,

@@ -140,7 +140,9 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
         m.check(r.owner)?;
         for v in &m.vmas {
             taken.push((v.start, v.end, v.flags & libc::MAP_GROWSDOWN != 0));
-            if let Backing::Kernel { name } = &v.backing {
+            if let Backing::Kernel { name } = &v.backing
+                && name != crate::resource::aio::RING_NAME
+            {
                 let size = v.end - v.start;
                 if !own.iter().any(|o| o.name == *name && o.bytes() == size) {
                     let text = format!(
