@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod aio;
+mod barrier;
 mod chains;
 mod clock;
 mod commands;

@@ -344,8 +344,10 @@ impl Barrier {
         let Some(word) = self.words.get(host) else { return };
         let gate = offset_of!(Control, gate);
         if ours || word.read_u32(gate).is_ok_and(|g| g != GATE_OPEN) {
-            // An error is the process's end.
-            let _ = word.write(gate, &GATE_OPEN.to_le_bytes());
+            // With the deadline: the page is as it was. An error is the process's end.
+            let _ = word
+                .write(gate, &GATE_OPEN.to_le_bytes())
+                .and_then(|()| word.write(offset_of!(Control, gate_deadline_ns), &0u64.to_le_bytes()));
         }
     }
 }

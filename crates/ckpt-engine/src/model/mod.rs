@@ -246,13 +246,12 @@ impl Job {
                 // Without a right to compare them, or if one is gone: not the same.
                 Ok(kcmp(a.host, b.host, what).unwrap_or(std::cmp::Ordering::Less))
             })?;
-            for class in classes {
+            for mut class in classes {
+                // A vfork in progress, seen while the job runs: it is over when the parent can be stopped.
+                let lenders: Vec<i32> = class.iter().filter(|p| p.waits_in_kernel()).map(|p| p.pid).collect();
+                class.retain(|p| !lenders.contains(&p.ppid));
                 for (i, a) in class.iter().enumerate() {
                     for b in &class[i + 1..] {
-                        // A vfork in progress, seen while the job runs: it is over when the parent can be stopped.
-                        if b.ppid == a.pid && a.stat.state == 'D' || a.ppid == b.pid && b.stat.state == 'D' {
-                            continue;
-                        }
                         refusals.process(a.pid, format!("shares {name} with process {}", b.pid), advice);
                     }
                 }

@@ -245,6 +245,12 @@ impl Process {
             && std::fs::read_dir(&dir).is_err_and(denied)
     }
 
+    /// Whether one of its threads sleeps uninterruptibly, as the parent of a vfork does.
+    pub fn waits_in_kernel(&self) -> bool {
+        const STATE: &[u8] = b"\nState:\tD";
+        self.threads.iter().any(|t| t.status.windows(STATE.len()).any(|w| w == STATE))
+    }
+
     /// The vDSO's mapping.
     pub fn vdso(&self) -> Option<&Vma> {
         self.vmas.iter().find(|v| v.name == "[vdso]")
