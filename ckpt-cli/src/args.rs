@@ -167,7 +167,8 @@ pub struct SupervisionArgs {
 
     /// Keep the newest N checkpoints of this name and remove older ones, each time a dump by the supervisor is complete.
     ///
-    /// Never removed is what a kept incremental checkpoint needs.
+    /// Never removed is what a kept incremental checkpoint needs. With --incremental, up to 8 older ones stay for that, then a kept
+    /// one is squashed, beside the job (see `ckpt rm --keep`).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub keep: Option<u32>,
 
@@ -178,6 +179,18 @@ pub struct SupervisionArgs {
     /// Each of these dumps stores only what has changed since the one before; see `ckpt dump --incremental`.
     #[arg(long)]
     pub incremental: bool,
+
+    /// How these dumps keep memory while it is written; see `ckpt dump`.
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    pub engine: Option<EngineChoice>,
+
+    /// Bytes a second that these dumps, and squashing for --keep, write at most; see `ckpt dump`.
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    pub io_limit: Option<NonZeroU64>,
+
+    /// Each of these dumps brings what the job has written to files to the disk, too; see `ckpt dump`.
+    #[arg(long)]
+    pub flush: bool,
 
     /// Dump the job when this signal is sent to it; with ":stop", end it after the dump.
     ///
@@ -599,7 +612,7 @@ pub struct DetachKey(pub Option<u8>);
 /// Remove checkpoints from the store
 ///
 /// A checkpoint that incremental ones are built on is not removed unless they are, too; the message names them. `ckpt squash`
-/// makes them independent of it.
+/// makes them independent of it, and so does --keep where it has to.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
 pub struct RmArgs {
@@ -609,6 +622,27 @@ pub struct RmArgs {
 
     #[command(flatten)]
     pub store: StoreArg,
+
+    /// Of each job, remove all but the newest N checkpoints.
+    ///
+    /// Older ones stay as long as a kept incremental checkpoint is built on them, but no more than --keep-needed: then the kept one is
+    /// made a full one first (see `ckpt squash`). Whatever interrupts this, the kept ones are whole.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep: Option<u32>,
+
+    /// How many older checkpoints may stay only because kept ones are built on them; 0 squashes at once.
+    ///
+    /// Squashing costs as much as writing a full checkpoint.
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "keep")]
+    pub keep_needed: u32,
+
+    /// When squashing, go through no more than this many bytes of memory a second (K, M, G: times 1024), on average.
+    #[arg(long, value_name = "RATE", value_parser = parse_size, requires = "keep")]
+    pub io_limit: Option<NonZeroU64>,
+
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Make an incremental checkpoint a full one, in place

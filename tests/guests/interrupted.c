@@ -5,6 +5,7 @@
  */
 #include "guest.h"
 #include <linux/futex.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -53,6 +54,22 @@ static void open_sockets(void)
 	struct timeval timeout = { 1000, 0 };
 
 	MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, channel));
+	MUST(setsockopt(channel[0], SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout)));
+}
+
+static struct sockaddr_in listener;
+
+static void listen_with_timeout(void)
+{
+	struct timeval timeout = { 1000, 0 };
+	socklen_t bytes = sizeof(listener);
+
+	listener.sin_family = AF_INET;
+	listener.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	channel[0] = MUST(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+	MUST(bind(channel[0], (struct sockaddr *)&listener, sizeof(listener)));
+	MUST(listen(channel[0], 1));
+	MUST(getsockname(channel[0], (struct sockaddr *)&listener, &bytes));
 	MUST(setsockopt(channel[0], SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout)));
 }
 
@@ -332,6 +349,24 @@ static long call_recv(void)
 	return syscall(SYS_recvfrom, channel[0], &byte, 1, 0, NULL, NULL);
 }
 
+static long accepted(long socket)
+{
+	if (socket < 0)
+		return socket;
+	MUST(close((int)socket));
+	return 1;
+}
+
+static long call_accept(void)
+{
+	return accepted(syscall(SYS_accept, channel[0], NULL, NULL));
+}
+
+static long call_accept4(void)
+{
+	return accepted(syscall(SYS_accept4, channel[0], NULL, NULL, SOCK_CLOEXEC));
+}
+
 static long call_readv(void)
 {
 	char byte;
@@ -496,6 +531,14 @@ static void write_byte(void)
 	EXPECT_EQ("write", 1, write(channel[1], "e", 1));
 }
 
+static void connect_to_it(void)
+{
+	int socket_fd = MUST(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+
+	MUST(connect(socket_fd, (struct sockaddr *)&listener, sizeof(listener)));
+	MUST(close(socket_fd));
+}
+
 static void post_eventfd(void)
 {
 	uint64_t value = 5;
@@ -599,6 +642,8 @@ static const struct blocking {
 	{ "read_eventfd", SYS_read, open_eventfd, NULL, call_read_eventfd, post_eventfd, 8 },
 	{ "recv", SYS_recvfrom, open_plain_sockets, NULL, call_recv, write_byte, 1 },
 	{ "recv_timeout", SYS_recvfrom, open_sockets, NULL, call_recv, write_byte, 1 },
+	{ "accept_timeout", SYS_accept, listen_with_timeout, NULL, call_accept, connect_to_it, 1 },
+	{ "accept4_timeout", SYS_accept4, listen_with_timeout, NULL, call_accept4, connect_to_it, 1 },
 	{ "readv_timeout", SYS_readv, open_sockets, NULL, call_readv, write_byte, 1 },
 	{ "write_timeout", SYS_write, open_full_sockets, NULL, call_write_byte, make_room, 1 },
 	{ "writev_timeout", SYS_writev, open_full_sockets, NULL, call_writev, make_room, 1 },

@@ -2,6 +2,7 @@
 //! `ckpt restore --copies`: each copy is the whole job, and there are all of them or none.
 
 use std::fs;
+use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 use ckpt_tests::{
     Failure, Outcome, announce,
@@ -17,6 +18,8 @@ use ckpt_tests::{
 const CONFLICT: i32 = 113;
 /// The status for a damaged image.
 const CORRUPT: i32 = 115;
+/// The area of the guest `mem_lazy`.
+const MERGEABLE_PAGES: u64 = 2048;
 
 fn json(text: &str) -> Outcome<serde_json::Value> {
     serde_json::from_str(text).map_err(|error| Failure(format!("no JSON: {error}\n{text}")))
@@ -51,6 +54,7 @@ fn expect_all_ok(copies: &[Job<'_>], sandbox: &Sandbox, nonce: &str) -> Outcome<
 }
 
 fn prove_copies(label: &str, options: &[&str], users: Users) {
+    let _as_it_is = MERGING.read().unwrap_or_else(PoisonError::into_inner);
     each_user(label, users, |sandbox| {
         with_ready_job(&Guest::new("mem_lazy").arg("fork"), sandbox, |job, nonce| {
             job.dump(&[])?;
@@ -214,6 +218,79 @@ fn what_ckpt_made_mergeable_is_not_recorded() {
             // The guest compares its flags with those it set.
             copy.restore(None, &[])?;
             expect_all_ok(std::slice::from_ref(&copy), sandbox, nonce)
+        })
+    });
+}
+
+/// How the kernel merges equal pages is the whole machine's: whoever asks for it waits for whoever sets it.
+static MERGING: RwLock<()> = RwLock::new(());
+
+/// Merging turned on, as fast as it goes; as it was when dropped.
+struct Merging {
+    before: Vec<(&'static str, String)>,
+    _alone: RwLockWriteGuard<'static, ()>,
+}
+
+impl Merging {
+    /// `None` where this machine or this user can't.
+    fn turn_on() -> Option<Merging> {
+        let alone = MERGING.write().unwrap_or_else(PoisonError::into_inner);
+        let mut merging = Merging { before: Vec::new(), _alone: alone };
+        for (name, value) in [("pages_to_scan", "100000"), ("sleep_millisecs", "1"), ("run", "1")] {
+            let path = Merging::path(name);
+            merging.before.push((name, fs::read_to_string(&path).ok()?));
+            fs::write(&path, value).ok()?;
+        }
+        Some(merging)
+    }
+
+    fn path(name: &str) -> String {
+        format!("/sys/kernel/mm/ksm/{name}")
+    }
+}
+
+impl Drop for Merging {
+    fn drop(&mut self) {
+        for (name, value) in self.before.iter().rev() {
+            let _ = fs::write(Merging::path(name), value.trim());
+        }
+    }
+}
+
+#[test]
+fn unmodified_memory_is_shared_where_the_kernel_merges_equal_pages() {
+    let Some(_merging) = Merging::turn_on() else {
+        announce(
+            "skipped: copies share memory: only the host's root may turn KSM on, where the kernel has it",
+        );
+        return;
+    };
+    each_user("copies-shared", Users::Both, |sandbox| {
+        with_ready_job(&Guest::new("mem_lazy").arg("fork"), sandbox, |job, nonce| {
+            job.dump(&[])?;
+            job.kill()?;
+            let said = json(&job.succeed(&["restore", &job.name, "--copies", "3", "--json"], &[])?.stdout)?;
+            if said["memory_is_shared"] != true {
+                return Err(Failure(format!("{said}")));
+            }
+            let copies: Vec<Job<'_>> = (1..=3).map(|n| job.adopt(&format!("guest-{n}"))).collect();
+            let mut pids = Vec::new();
+            for copy in &copies {
+                pids.extend(copy.processes().iter().map(|process| process.pid));
+            }
+            // Three times the guest's area is there; each page of it is merged in all of them or one or two are not yet.
+            let mut merged = 0;
+            let all = poll_until(GUEST_DEADLINE, || {
+                let of = |pid| -> Option<u64> {
+                    fs::read_to_string(format!("/proc/{pid}/ksm_merging_pages")).ok()?.trim().parse().ok()
+                };
+                merged = pids.iter().filter_map(of).sum();
+                (merged >= 2 * MERGEABLE_PAGES).then_some(())
+            });
+            if all.is_none() {
+                return Err(Failure(format!("{merged} pages are merged")));
+            }
+            expect_all_ok(&copies, sandbox, nonce)
         })
     });
 }

@@ -44,6 +44,8 @@ blocked_in! {
     read_eventfd;
     recv;
     recv_timeout;
+    accept_timeout;
+    accept4_timeout;
     readv_timeout;
     semop;
     semtimedop;

@@ -71,6 +71,30 @@ fn prove_lazy(guest: &Guest) {
     });
 }
 
+/// A chain of three: the area as it was in the first, the rest from the newest, and the server reads each page from its own image.
+#[test]
+fn from_a_chain() {
+    each_user("lazy-chain", Users::OnlyRoot, |sandbox| {
+        with_ready_job(&Guest::new("mem_lazy").arg("fork"), sandbox, |job, nonce| {
+            for number in 1..=3u64 {
+                let said = job.succeed(&["dump", &job.name, "--incremental", "--json"], &[])?;
+                let said: serde_json::Value =
+                    serde_json::from_str(&said.stdout).map_err(|e| Failure(e.to_string()))?;
+                let parent = (number > 1).then(|| format!("{}@{}", job.name, number - 1));
+                if said["parent"].as_str() != parent.as_deref() {
+                    return Err(Failure(format!("dump {number} is not built on {parent:?}: {said}")));
+                }
+            }
+            job.kill()?;
+            expect_lazy(&restore(job, &[HELD], &[])?)?;
+            if missing_memory(job)?["missing_bytes"].as_u64().unwrap_or(0) < 8 << 20 {
+                return Err(Failure::new("the area, which only the first image has, is not missing"));
+            }
+            expect_ok(job, sandbox, nonce)
+        })
+    });
+}
+
 macro_rules! while_missing {
     ($($name:ident => $guest:expr;)+) => {
         $(#[test]

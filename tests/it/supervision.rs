@@ -131,8 +131,11 @@ impl<'a> Named<'a> {
     fn gone(&self) -> Outcome<()> {
         let mut left = String::new();
         let gone = poll_until(DEADLINE, || {
-            left = format!("{:?} {:?}", self.ps(), supervisors_of(self.sandbox));
-            (matches!(self.ps(), Ok(None)) && supervisors_of(self.sandbox).is_empty()).then_some(())
+            let supervisors = supervisors_of(self.sandbox);
+            // Asked last, as it sweeps what the supervisor leaves.
+            let job = self.ps();
+            left = format!("{job:?} {supervisors:?}");
+            (supervisors.is_empty() && matches!(job, Ok(None))).then_some(())
         });
         gone.ok_or_else(|| Failure(format!("left behind: {left}\n{}", self.log())))?;
         let supervised = walk(&self.sandbox.runtime).into_iter().find(|path| path.contains(".supervised"));
@@ -218,6 +221,48 @@ fn dumps_at_an_interval_and_keeps_the_newest() {
             job.succeed(&["verify", &format!("every@{number}")])?;
         }
         Ok(())
+    });
+}
+
+#[test]
+fn a_chain_does_not_grow_long() {
+    each_user("supervise-chain", Users::Both, |sandbox| {
+        let job = Named::new(sandbox, "chain");
+        job.run(&["--every", "20ms", "--keep", "2", "--incremental", "--io-limit", "1G"], COUNTS)?;
+        // Twice, so that what is built on a squashed one has been squashed, too.
+        let squashed = || job.log().lines().filter(|line| line.contains(": squashed chain@")).count();
+        poll_until(DEADLINE, || (squashed() >= 2).then_some(()))
+            .ok_or_else(|| Failure(format!("never squashed twice:\n{}", job.log())))?;
+        let counted = count(&job)?;
+        counts_on(&job, counted)?;
+        job.end()?;
+        let left = job.checkpoints();
+        // Kept, needed by them, and those that were made while the last removal went on.
+        if left.len() > 2 + 8 + 8 || left.first() == Some(&1) {
+            return Err(Failure(format!("checkpoints {left:?}\n{}", job.log())));
+        }
+        let listed = job.succeed(&["list", "--json"])?;
+        let listed: Value = serde_json::from_str(&listed.stdout).map_err(|e| Failure(e.to_string()))?;
+        let entries: Vec<&Value> = listed.as_array().into_iter().flatten().collect();
+        if !entries.iter().any(|entry| entry["parent"].is_u64()) {
+            return Err(Failure(format!("no checkpoint is built on another: {listed}")));
+        }
+        if let Some(long) = entries.iter().find(|entry| entry["images"].as_u64() > Some(16)) {
+            return Err(Failure(format!("a long chain: {long}")));
+        }
+        for number in &left {
+            job.succeed(&["verify", &format!("chain@{number}")])?;
+        }
+        // By hand, down to one that needs no other.
+        let kept = job.succeed(&["rm", "chain", "--keep", "1", "--keep-needed", "0", "--json"])?;
+        let kept: Value = serde_json::from_str(&kept.stdout).map_err(|e| Failure(e.to_string()))?;
+        let newest = left.last().copied().unwrap_or(0);
+        if job.checkpoints() != [newest] || kept["removed"].as_array().map(Vec::len) != Some(left.len() - 1) {
+            return Err(Failure(format!("{:?} are left of {left:?}: {kept}", job.checkpoints())));
+        }
+        job.succeed(&["restore", "chain", "--detach", "--files", "keep"])?;
+        counts_on(&job, counted)?;
+        job.end()
     });
 }
 

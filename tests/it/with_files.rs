@@ -142,6 +142,34 @@ fn a_database_with_a_write_ahead_log_goes_back() {
     written_on("wal", ["data.db-wal", "log.txt"]);
 }
 
+/// Content of files is in each image of a chain, whole, and stays what it is when the chain is folded.
+#[test]
+fn a_squashed_chain_puts_back_the_files_of_its_newest() {
+    each_user("files-chain", Users::Both, |sandbox| {
+        let (ledger, job) = ready(sandbox, "delete")?;
+        let mut least = 0;
+        for number in 1..=3 {
+            least = ledger.reaches(ledger.progress() + 5)?;
+            let said = job.succeed(&["dump", &job.name, "--incremental", "--with-files", "--json"], &[])?;
+            if (number > 1) == said.stdout.contains("\"parent\": null") {
+                return Err(Failure(said.report()));
+            }
+        }
+        ledger.reaches(ledger.progress() + 20)?;
+        ledger.hold()?;
+        job.crash()?;
+        ledger.let_go();
+        job.succeed(&["squash", &job.name], &[])?;
+        for older in [2, 1] {
+            job.succeed(&["rm", &format!("{}@{older}", job.name)], &[])?;
+        }
+        job.succeed(&["verify", &job.name], &[])?;
+        roll_back(&job)?;
+        let count = ledger.verdict()?;
+        if count < least { Err(Failure(format!("{count} entries, and {least} at the dump"))) } else { Ok(()) }
+    });
+}
+
 #[test]
 fn files_that_were_replaced_or_removed_come_back() {
     each_user("files-replaced", Users::Both, |sandbox| {

@@ -179,14 +179,24 @@ fn policy(run: &RunArgs) -> Policy {
         value.map(|value| [name.to_owned(), value.get_name().to_owned()]).into_iter().flatten()
     };
     let args = &run.supervision;
-    let dump_options = option("--compress", args.compress.and_then(|method| method.to_possible_value()));
+    let switch = |name: &str, on: bool| on.then(|| name.to_owned());
+    let compress = option("--compress", args.compress.and_then(|method| method.to_possible_value()));
+    let engine = option("--engine", args.engine.and_then(|engine| engine.to_possible_value()));
+    let io_limit = args.io_limit.map(|rate| ["--io-limit".to_owned(), rate.to_string()]);
+    let io_limit = || io_limit.clone().into_iter().flatten();
     let restore_options = option("--files", run.files.and_then(|files| files.to_possible_value()));
     let tcp = option("--tcp", run.tcp.and_then(|tcp| tcp.to_possible_value()));
-    let rollback = run.with_files.then(|| "--rollback-files".to_owned());
+    let rollback = switch("--rollback-files", run.with_files);
     Policy {
         every: args.every,
         keep: args.keep,
-        dump_options: dump_options.chain(args.incremental.then(|| "--incremental".to_owned())).collect(),
+        dump_options: compress
+            .chain(engine)
+            .chain(io_limit())
+            .chain(switch("--incremental", args.incremental))
+            .chain(switch("--flush", args.flush))
+            .collect(),
+        prune_options: io_limit().collect(),
         restore_options: restore_options.chain(tcp).chain(rollback).collect(),
         dump_on: args.dump_on.clone(),
         dump_at: args.dump_at.clone(),

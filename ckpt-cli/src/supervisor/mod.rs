@@ -7,7 +7,6 @@
 mod child;
 mod journal;
 mod probe;
-mod prune;
 mod recovery;
 mod triggers;
 mod usage;
@@ -75,6 +74,9 @@ struct Supervisor {
     inherited: Vec<RawFd>,
     wanted: Option<Wanted>,
     dumping: Option<Dumping>,
+    pruning: Option<Running>,
+    /// A checkpoint has been made since the removal that goes on began.
+    prune_again: bool,
     next_periodic: Option<Instant>,
     triggers: Triggers,
     recovery: Recovery,
@@ -141,6 +143,8 @@ impl Supervisor {
             inherited,
             wanted: None,
             dumping: None,
+            pruning: None,
+            prune_again: false,
             next_periodic: None,
             triggers: Triggers::default(),
             recovery: Recovery::default(),
@@ -192,6 +196,7 @@ impl Supervisor {
                 return Ok(End::Leave);
             }
             self.see_to_dumps();
+            self.see_to_pruning();
             self.pull_triggers(watch);
             self.wait(watch)?;
             self.take_signals();
@@ -252,6 +257,8 @@ impl Supervisor {
             return Ok(End::Failed);
         }
         self.journal.last_run(self.registry.run_of(&self.job.name));
+        // A job that is to be recovered doesn't wait for it.
+        self.end_pruning();
         Ok(End::Final)
     }
 
@@ -358,15 +365,54 @@ impl Supervisor {
         }
     }
 
+    /// Has old checkpoints removed. A command does it, beside the job and its dumps: folding a chain takes as long as a full dump.
     fn prune(&mut self) {
         let Some(keep) = self.policy().keep else { return };
-        match prune::prune(&self.job.store, self.job.name.as_str(), keep) {
-            Ok(removed) if removed.is_empty() => {}
-            Ok(removed) => {
-                let names: Vec<String> = removed.iter().map(|n| format!("{}@{n}", self.job.name)).collect();
-                self.journal.event(&format!("removed {}", names.join(", ")));
+        if self.pruning.is_some() {
+            self.prune_again = true;
+            return;
+        }
+        let mut command = self.ckpt();
+        command.arg("rm").arg("--json").arg("--keep").arg(keep.to_string());
+        command.args(&self.policy().prune_options).arg(format!("--store={}", self.job.store.display()));
+        command.arg(self.job.name.as_str());
+        match Running::start(command, false) {
+            Ok(running) => self.pruning = Some(running),
+            Err(error) => self.journal.event(&format!("removing old checkpoints: starting it: {error}")),
+        }
+    }
+
+    fn pruned(&mut self, finished: &Finished) {
+        let answer: Option<serde_json::Value> = serde_json::from_str(&finished.stdout).ok();
+        let names = |what: &str| -> Vec<&str> {
+            let list = answer.as_ref().and_then(|answer| answer[what].as_array());
+            list.into_iter().flatten().filter_map(|name| name.as_str()).collect()
+        };
+        for (what, names) in [("squashed", names("squashed")), ("removed", names("removed"))] {
+            if !names.is_empty() {
+                self.journal.event(&format!("{what} {}", names.join(", ")));
             }
-            Err(error) => self.journal.event(&format!("removing old checkpoints: {error:#}")),
+        }
+        if finished.code != 0 {
+            self.journal.event(&format!("removing old checkpoints: failed: {}", one_line(&finished.stderr)));
+        }
+        if std::mem::take(&mut self.prune_again) {
+            self.prune();
+        }
+    }
+
+    fn see_to_pruning(&mut self) {
+        if let Some(finished) = self.pruning.as_mut().and_then(Running::finished) {
+            self.pruning = None;
+            self.pruned(&finished);
+        }
+    }
+
+    /// Until no removal goes on.
+    fn end_pruning(&mut self) {
+        while let Some(mut pruning) = self.pruning.take() {
+            let finished = pruning.wait();
+            self.pruned(&finished);
         }
     }
 

@@ -169,6 +169,8 @@ pub struct Policy {
     pub keep: Option<u32>,
     /// Options of every dump, as `ckpt dump` takes them.
     pub dump_options: Vec<String>,
+    /// Options of every removal of old checkpoints, as `ckpt rm --keep` takes them.
+    pub prune_options: Vec<String>,
     /// Options of every restore, as `ckpt restore` takes them.
     pub restore_options: Vec<String>,
     /// Signals that make a dump.

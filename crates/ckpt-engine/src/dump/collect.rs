@@ -46,7 +46,8 @@ pub fn collect(
         let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
         let mut opened = opened.get(p.pid);
         let padding = opened.as_ref().map_or_else(|| padding_of(p), |o| Ok(o.padding))?;
-        let scratch = scratch_of(p)?;
+        // The code in a main thread that was made dumpable stays to the end, and unmaps its own at any time if the dumper dies.
+        let scratch = if opened.is_some() { scratch_beside(p)? } else { scratch_of(p)? };
         let mut beside = ckpt_sys::task::Beside::default();
         if let Some(o) = &mut opened {
             let t = &p.threads[0];
@@ -54,7 +55,6 @@ pub fn collect(
             o.live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
             step(Some(&mut o.live), At::Process(p), None, &mut out, warnings)?;
             step(Some(&mut o.live), At::Thread(p, t), None, &mut out, warnings)?;
-            // The other threads have theirs at the same place.
             o.live.release_scratch()?;
         }
         // Each thread's code stands before that of the thread before is taken away, so that there is always one to unmap
@@ -128,7 +128,17 @@ pub(crate) fn padding_of(p: &Process) -> Result<Padding, DumpError> {
 /// # Errors
 /// If its address space is full.
 pub(crate) fn scratch_of(p: &Process) -> Result<u64, DumpError> {
-    p.hole(SCRATCH_BYTES).ok_or_else(|| {
+    hole(p, SCRATCH_BYTES)
+}
+
+/// Where an injection may map others while those of [`scratch_of`] are somebody's.
+fn scratch_beside(p: &Process) -> Result<u64, DumpError> {
+    // The first hole of that size is where the one of half the size is, or another.
+    hole(p, 2 * SCRATCH_BYTES).map(|start| start + SCRATCH_BYTES)
+}
+
+fn hole(p: &Process, bytes: u64) -> Result<u64, DumpError> {
+    p.hole(bytes).ok_or_else(|| {
         let source = std::io::Error::from(std::io::ErrorKind::OutOfMemory);
         DumpError::Process { pid: p.pid, what: "finding free pages in its address space".into(), source }
     })

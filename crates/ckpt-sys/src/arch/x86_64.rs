@@ -77,7 +77,7 @@ const ERESTART_RESTARTBLOCK: i64 = -516;
 
 /// System calls that return EINTR after a ptrace interrupt although no signal came (the kernel does not restart them
 /// by itself; signal(7), "Interruption of system calls by stop signals").
-const EINTR_AFTER_STOP: [i64; 17] = [
+const EINTR_AFTER_STOP: [i64; 20] = [
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
@@ -91,7 +91,10 @@ const EINTR_AFTER_STOP: [i64; 17] = [
     libc::SYS_semtimedop,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_io_getevents,
-    // Of sockets that have a timeout.
+    // Of sockets that have a timeout. A connect(2) that is made again goes on with the attempt that is under way.
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_connect,
     libc::SYS_read,
     libc::SYS_readv,
     libc::SYS_write,
