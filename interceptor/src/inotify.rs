@@ -31,11 +31,8 @@ pub fn announce() {
 
 /// Eight bytes of a path, with zeros behind it.
 fn word(path: &[u8], index: usize) -> u64 {
-    let mut bytes = [0; 8];
-    let rest = path.get(index * 8..).unwrap_or_default();
-    let n = rest.len().min(8);
-    bytes[..n].copy_from_slice(&rest[..n]);
-    u64::from_le_bytes(bytes)
+    let byte = |i: usize| u64::from(path.get(index * 8 + i).copied().unwrap_or(0));
+    (0..8).fold(0, |word, i| word | byte(i) << (8 * i))
 }
 
 fn holds(slot: &PathSlot, path: &[u8]) -> bool {
@@ -101,7 +98,8 @@ fn record_as_absolute(path: &CStr) {
         }
     }
     if let Some(room) = buffer.get_mut(used..used + path.len()) {
-        room.copy_from_slice(path);
+        // Not by memcpy: linked today, it would ask for libc 2.14.
+        room.iter_mut().zip(path).for_each(|(to, from)| *to = core::hint::black_box(*from));
         record(&buffer[..used + path.len()]);
     }
 }

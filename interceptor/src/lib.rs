@@ -14,7 +14,8 @@
 //! # What it promises to the application
 //! At load it opens no fd, starts no thread, installs no signal handler and allocates nothing. Afterwards
 //! it holds no lock and no state that fork, vfork, signals or a concurrent exec could catch half-written:
-//! all it keeps are pointers that are stored once and never change, and the gate, which only a dumper writes.
+//! all it keeps are pointers that are stored once and never change, counters, a table of paths whose slots say
+//! whether they are complete, and the gate, which only a dumper writes.
 //!
 //! # Limits
 //! - Programs that call the kernel past libc (`syscall(SYS_execve, …)`), and `system`, `popen` and

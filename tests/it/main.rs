@@ -31,6 +31,7 @@ mod sockets;
 mod tcp;
 mod thread;
 mod tty;
+mod uring;
 
 /// A kind of the registry without a guest that misses it would be a kind that nobody knows to be restored.
 #[test]

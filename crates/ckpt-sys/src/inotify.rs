@@ -74,7 +74,7 @@ impl Decoy {
     /// # Errors
     /// As [`add_watch`].
     pub fn watch(&self, instance: BorrowedFd<'_>) -> Result<i32> {
-        add_watch(instance, path_of(&self.memfd).as_bytes(), (libc::IN_MODIFY | libc::IN_ATTRIB) as u32)
+        add_watch(instance, path_of(&self.memfd).as_bytes(), libc::IN_MODIFY | libc::IN_ATTRIB)
     }
 
     /// Makes two events, of different kinds so that the kernel can't take one for the other.
@@ -164,7 +164,7 @@ mod tests {
         let mut event = [0u8; 64];
         assert_eq!(read(&instance, &mut event), Ok(EVENT_BYTES));
         let word = |at: usize| i32::from_le_bytes(event[at..at + 4].try_into().unwrap());
-        assert_eq!((word(0), word(4) as u32), (-1, libc::IN_Q_OVERFLOW as u32));
+        assert_eq!((word(0), word(4) as u32), (-1, libc::IN_Q_OVERFLOW));
         assert_eq!(read(&instance, &mut event), Err(Errno::EAGAIN));
     }
 

@@ -310,9 +310,9 @@ impl MemoryMapResource {
         let (mut files, mut vmas) = (Vec::<MappedFile>::new(), Vec::new());
         let (mut plain, mut over_file) = (Vec::new(), Vec::new());
         for v in &p.vmas {
-            let backing = if v.is_vdso_part() {
-                Backing::Kernel { name: v.name.clone() }
-            } else if super::aio::is_ring(v) && !super::aio::is_inherited(p, v) {
+            let made_by_kernel =
+                v.is_vdso_part() || super::aio::is_ring(v) && !super::aio::is_inherited(p, v);
+            let backing = if made_by_kernel {
                 Backing::Kernel { name: v.name.clone() }
             } else if super::aio::is_ring(v) {
                 // What a child has of its parent's ring is memory like any other.

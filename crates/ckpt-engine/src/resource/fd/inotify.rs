@@ -129,7 +129,7 @@ fn state(root: &str, path: &[u8], names: &mut usize, all: bool) -> Option<u64> {
 
 /// Whether looking into a directory would be an event for a watch with this mask.
 fn is_disturbed(mask: u32) -> bool {
-    mask & (libc::IN_OPEN | libc::IN_ACCESS | libc::IN_CLOSE_NOWRITE) as u32 != 0
+    mask & (libc::IN_OPEN | libc::IN_ACCESS | libc::IN_CLOSE_NOWRITE) != 0
 }
 
 /// What the watches of an instance would tell of, before a restore has touched anything.
