@@ -67,12 +67,16 @@ struct ckpt_query {
 /**
  * CKPT_IOC_ATTACH - Make this open file a session on the caller's memory
  *
- * The argument is zero; nothing is read from memory. The session remembers the
- * caller's credentials. It keeps no memory alive and ends with its last
- * descriptor. The process should close its own descriptor before it runs on:
- * fork(2) would hand it to children.
+ * The argument is zero, or the pid of a process that shares the caller's memory
+ * (CLONE_VM) and whose session it is to be: so a helper with descriptors of its
+ * own can attach the process that made it, and exit. Nothing is read from memory.
+ * The session remembers the caller's credentials, which have to be those of its
+ * process. It keeps no memory alive and ends with its last descriptor. A process
+ * that attaches itself should close its own descriptor before it runs on: fork(2)
+ * would hand it to children.
  *
- * EINVAL  the argument is not zero
+ * EINVAL  the argument is no pid, or that of a process with other memory
+ * ESRCH   there is no such process
  * EBUSY   the open file is a session already
  * EACCES  the process is not dumpable (PR_SET_DUMPABLE)
  * ENOMEM  no memory
@@ -128,15 +132,17 @@ struct ckpt_snapshot_args {
  * With INCREMENTAL, pages that have not been written since @generation began
  * are of kind SAME. With CLEAR a new generation begins, and that is the only
  * one with which INCREMENTAL works from then on. The kernel has one soft-dirty
- * bit for each page: a foreign write of 4 to /proc/PID/clear_refs loses pages.
- * An error may end the generation; then INCREMENTAL gives ESTALE.
+ * bit for each page: whoever else clears it (a write of 4 to
+ * /proc/PID/clear_refs) ends the generation. So may an error. INCREMENTAL then
+ * gives ESTALE.
  *
  * ENOTCONN    the open file is not attached
  * ESRCH       the process has ended or has replaced its address space
  * EACCES      it is not dumpable any more, or its credentials have changed
  * EOPNOTSUPP  the address space is mirrored by a device or a virtual machine
  *             (MMU notifiers), or INCREMENTAL or CLEAR without soft-dirty bits
- * ESTALE      @generation is not the current one
+ *             or without the kernel's mapping below the vDSO
+ * ESTALE      @generation is not the current one, or has ended
  * EBUSY       the address space has max_snapshots live snapshots
  * EDQUOT      RLIMIT_MEMLOCK of the caller, who has no CAP_IPC_LOCK; counted
  *             for his user with all else that is locked by the kernel

@@ -23,6 +23,11 @@ static inline void vma_start_write(struct vm_area_struct *vma)
 	/* No locks of single VMAs yet. */
 }
 
+static inline void vm_flags_set(struct vm_area_struct *vma, unsigned long flags)
+{
+	vma->vm_flags |= flags;
+}
+
 static inline void vm_flags_clear(struct vm_area_struct *vma, unsigned long flags)
 {
 	vma->vm_flags &= ~flags;

@@ -60,7 +60,7 @@ struct ckpt_space {
  * @id: for tracing and the list of sessions
  * @space: the attached address space; NULL before, then never changes
  * @creds: the attacher's, at that time
- * @pid: the attacher's thread group
+ * @pid: the process that it is of
  * @node: in the list of attached sessions, guarded by ckpt_sessions_lock
  */
 struct ckpt_session {

@@ -159,36 +159,64 @@ static bool ckpt_dumpable(struct mm_struct *mm)
 	return get_dumpable(mm) == SUID_DUMP_USER;
 }
 
+/* The process @nr, which has to have the caller's memory, with a reference. */
+static struct pid *ckpt_get_sharer(pid_t nr)
+{
+	struct task_struct *task;
+	struct pid *pid;
+
+	rcu_read_lock();
+	pid = find_vpid(nr);
+	task = pid_task(pid, PIDTYPE_TGID);
+	if (task) {
+		task_lock(task);
+		pid = task->mm == current->mm ? get_pid(pid) : ERR_PTR(-EINVAL);
+		task_unlock(task);
+	} else {
+		pid = ERR_PTR(-ESRCH);
+	}
+	rcu_read_unlock();
+	return pid;
+}
+
 static long ckpt_attach(struct ckpt_session *session, unsigned long arg)
 {
 	struct ckpt_space *space;
+	struct pid *pid;
 	long err = 0;
 
-	if (arg)
+	if (arg > INT_MAX)
 		return -EINVAL;
 	/* Not in a kernel thread, and not in one that borrows an mm. */
 	if (!current->mm || current->flags & PF_KTHREAD)
 		return -EINVAL;
 	if (!ckpt_dumpable(current->mm))
 		return -EACCES;
+	pid = arg ? ckpt_get_sharer(arg) : get_pid(task_tgid(current));
+	if (IS_ERR(pid))
+		return PTR_ERR(pid);
 	space = ckpt_space_get(current->mm);
-	if (!space)
+	if (!space) {
+		put_pid(pid);
 		return -ENOMEM;
+	}
 	mutex_lock(&ckpt_sessions_lock);
 	if (session->space) {
 		err = -EBUSY;
 	} else {
 		session->id = ++ckpt_last_session;
 		session->creds = get_current_cred();
-		session->pid = get_pid(task_tgid(current));
+		session->pid = pid;
 		list_add_tail(&session->node, &ckpt_sessions);
 		ckpt_nr_sessions++;
 		/* Last: whoever sees it sees the rest. */
 		smp_store_release(&session->space, space);
 	}
 	mutex_unlock(&ckpt_sessions_lock);
-	if (err)
+	if (err) {
+		put_pid(pid);
 		ckpt_space_put(space);
+	}
 	return err;
 }
 
@@ -203,7 +231,7 @@ static bool ckpt_same_creds(const struct cred *a, const struct cred *b)
 		a->user_ns == b->user_ns);
 }
 
-/* Whether the attacher still is who it was, and still has this memory. */
+/* Whether the session's process still is who it was, and still has this memory. */
 static int ckpt_check_attacher(const struct ckpt_session *session)
 {
 	struct task_struct *task;

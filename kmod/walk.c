@@ -528,6 +528,19 @@ static int ckpt_list_foreign(struct ckpt_snapshot *snap, struct mm_struct *mm)
 	return 0;
 }
 
+/*
+ * The mapping of the kernel's variables below the vDSO. Snapshots take nothing of
+ * it, so that its own soft-dirty flag is free to tell something: whoever clears the
+ * bits takes the flag from every mapping, and nothing gives it back to this one.
+ */
+static struct vm_area_struct *ckpt_sentinel(struct mm_struct *mm)
+{
+	unsigned long vdso = (unsigned long)mm->context.vdso;
+	struct vm_area_struct *vma = vdso ? vma_lookup(mm, vdso - 1) : NULL;
+
+	return vma && (vma->vm_flags & (VM_PFNMAP | VM_MAYWRITE)) == VM_PFNMAP ? vma : NULL;
+}
+
 static void ckpt_flush_cpu(void *unused)
 {
 	__flush_tlb_all();
@@ -557,7 +570,7 @@ static void ckpt_flush_tlb(struct mm_struct *mm)
  * cleared by then, the generation has ended.
  *
  * Context: may sleep; holds the lock of the snapshot's space.
- * Return: 0, -EINTR, -EOPNOTSUPP, -ESRCH, -ENOMEM, -EDQUOT or -ENOSPC.
+ * Return: 0, -EINTR, -EOPNOTSUPP, -ESTALE, -ESRCH, -ENOMEM, -EDQUOT or -ENOSPC.
  */
 int ckpt_walk(struct ckpt_snapshot *snap, struct mm_struct *mm, u32 flags)
 {
@@ -568,7 +581,7 @@ int ckpt_walk(struct ckpt_snapshot *snap, struct mm_struct *mm, u32 flags)
 		.incremental = flags & CKPT_SNAPSHOT_INCREMENTAL,
 		.clear = flags & CKPT_SNAPSHOT_CLEAR,
 	};
-	struct vm_area_struct *vma;
+	struct vm_area_struct *vma, *sentinel = NULL;
 	u64 begin, flush;
 	int err;
 
@@ -585,6 +598,15 @@ int ckpt_walk(struct ckpt_snapshot *snap, struct mm_struct *mm, u32 flags)
 	begin = ktime_get_ns();
 	err = -EOPNOTSUPP;
 	if (mm_has_notifiers(mm))
+		goto unlock;
+	if (flags) {
+		sentinel = ckpt_sentinel(mm);
+		if (!sentinel)
+			goto unlock;
+	}
+	/* The bits are not those of the base. */
+	err = -ESTALE;
+	if (walk.incremental && !(sentinel->vm_flags & VM_SOFTDIRTY))
 		goto unlock;
 	/* The OOM killer is taking it apart. */
 	err = -ESRCH;
@@ -607,6 +629,8 @@ int ckpt_walk(struct ckpt_snapshot *snap, struct mm_struct *mm, u32 flags)
 		if (walk.clear)
 			vm_flags_clear(vma, VM_SOFTDIRTY);
 	}
+	if (walk.clear && !err)
+		vm_flags_set(sentinel, VM_SOFTDIRTY);
 	flush = ktime_get_ns();
 	ckpt_flush_tlb(mm);
 	snap->ns_flush = ktime_get_ns() - flush;

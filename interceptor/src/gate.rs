@@ -25,7 +25,7 @@ use core::ffi::{c_char, c_int, c_long, c_void};
 use core::sync::atomic::Ordering;
 
 /// How long a waiter may sleep after the gate was opened, in nanoseconds.
-const SLICE_NS: i64 = 1_000_000;
+const SLICE_NS: i64 = 500_000;
 
 /// A system call that leaves errno alone.
 ///

@@ -4,16 +4,17 @@
 //!
 //! CKPT_TEST_STEPS is the number of steps of each guest (8), CKPT_TEST_MOMENTS that of the kills (at most 12 here).
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use ckpt_image::Reader;
 use ckpt_tests::{
     Failure, Outcome, announce,
+    fingerprint::Fingerprint,
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
     job::Job,
     pages::{difference, pages_of},
     process::poll_until,
-    proof::{each_user, with_ready_job},
+    proof::{each_user, left_nothing_behind, with_ready_job},
     sandbox::Sandbox,
     seed::{Random, count_from},
     user::Users,
@@ -42,11 +43,27 @@ fn step(sandbox: &Sandbox, number: u64) -> Outcome<()> {
         .ok_or_else(|| Failure(format!("the guest does not finish step {number}")))
 }
 
-/// `ckpt dump --incremental --json`, followed by `options`.
+/// The kernel module is loaded: in `scripts/vm --product`.
+fn has_module() -> bool {
+    Path::new("/dev/ckpt").exists()
+}
+
+/// `ckpt dump --incremental --json`, followed by `options`. Where the kernel module is, by it and nothing else.
 fn dump(job: &Job<'_>, options: &[&str]) -> Outcome<serde_json::Value> {
-    let words = [&["dump", &job.name, "--incremental", "--json"], options].concat();
+    let by_module: &[&str] = if has_module() { &["--engine", "kmod"] } else { &[] };
+    let words = [&["dump", &job.name, "--incremental", "--json"], by_module, options].concat();
     let dumped = job.succeed(&words, &[])?;
-    serde_json::from_str(&dumped.stdout).map_err(|e| Failure(format!("no JSON: {e}\n{}", dumped.report())))
+    let said: serde_json::Value = serde_json::from_str(&dumped.stdout)
+        .map_err(|e| Failure(format!("no JSON: {e}\n{}", dumped.report())))?;
+    let tells = serde_json::json!(["kmod"]);
+    if has_module()
+        && (said["engine"] != "kmod"
+            || said["writes_from"] != tells
+            || said["notes"] != serde_json::json!([]))
+    {
+        return Err(Failure(format!("not by the module alone: {said}")));
+    }
+    Ok(said)
 }
 
 fn parent(said: &serde_json::Value) -> Option<&str> {
@@ -76,7 +93,9 @@ fn dump_and_compare(job: &Job<'_>, sandbox: &Sandbox, options: &[&str]) -> Outco
         let path = said.get("path").and_then(serde_json::Value::as_str).unwrap_or_default();
         let full = sandbox.root.join("full");
         let _ = fs::remove_dir_all(&full);
-        job.succeed(&["dump", &job.name, "--dir", &format!("{}/", full.display())], &[])?;
+        // By an engine that shares nothing with the one that is compared.
+        let (dir, engine) = (format!("{}/", full.display()), if has_module() { "copy" } else { "auto" });
+        job.succeed(&["dump", &job.name, "--engine", engine, "--dir", &dir], &[])?;
         let (chain, full) = (pages_of(path.as_ref())?, pages_of(&full)?);
         let keys: BTreeMap<_, ()> = chain.keys().chain(full.keys()).map(|k| (*k, ())).collect();
         let wrong: Vec<String> = keys
@@ -131,7 +150,7 @@ fn a_chain_equals_a_full_checkpoint() {
                 }
                 same += count(&said, "same_pages");
             }
-            if same < 1000 * steps() {
+            if same < 500 * steps() {
                 return Err(Failure(format!("only {same} pages were the same in all")));
             }
             job.succeed(&["verify", &job.name], &[])?;
@@ -292,6 +311,63 @@ fn little_is_stored_when_little_has_changed() {
             }
             job.kill()?;
             restore(job)?;
+            finish(sandbox, nonce)
+        })
+    });
+}
+
+/// Each dump attaches anew, as the one before was killed. The guest waits for children all the time, and has none.
+#[test]
+fn attaching_is_not_seen() {
+    each_user("incremental-unseen", Users::Both, |sandbox| {
+        let label = format!("incremental-unseen as {}", sandbox.user.name());
+        let mut random = Random::announced(&label);
+        with_ready_job(&Guest::new("cow_unseen").in_motion(), sandbox, |job, nonce| {
+            let init = job.init().ok_or_else(|| Failure::new("the job does not run"))?;
+            let before = Fingerprint::take(init);
+            let counter = sandbox.work.join("steps");
+            let words = ["dump", job.name.as_str(), "--incremental"];
+            // One that attaches and one that need not.
+            let mut all = u64::MAX;
+            for _ in 0..2 {
+                job.succeed(&words, &[("CKPT_TEST_COUNT", &counter.to_string_lossy())])?;
+                let text = fs::read_to_string(&counter)
+                    .map_err(|e| Failure(format!("no steps ({e}): built without the feature test-hooks?")))?;
+                let steps = text.trim().parse().map_err(|e| Failure(format!("steps {text:?}: {e}")))?;
+                all = all.min(steps);
+            }
+            let moments = count_from("CKPT_TEST_MOMENTS", 40).min(40);
+            announce(&format!("{label}: {moments} of {all} steps"));
+            for _ in 0..moments {
+                // Before the image is complete: the next one has nothing to go on from.
+                let at = 1 + random.below(all.saturating_sub(6));
+                let killed = job.ckpt(&words, &[("CKPT_TEST_KILL_AT", &at.to_string())])?;
+                let context = |f: Failure| Failure(format!("killed at step {at} of {all}: {f}"));
+                if killed.code == 0 {
+                    return Err(context(Failure::new("it was not")));
+                }
+                left_nothing_behind(&before, init).map_err(context)?;
+            }
+            finish(sandbox, nonce)
+        })
+    });
+}
+
+#[test]
+fn a_process_that_can_not_be_attached_is_saved_whole() {
+    each_user("incremental-limit", Users::OnlyPlain, |sandbox| {
+        with_ready_job(&Guest::new("cow_unseen").arg("limit").in_motion(), sandbox, |job, nonce| {
+            for number in 0..2 {
+                let dumped = job.succeed(&["dump", &job.name, "--incremental", "--json"], &[])?;
+                let said: serde_json::Value =
+                    serde_json::from_str(&dumped.stdout).map_err(|e| Failure(e.to_string()))?;
+                let notes = said["notes"].to_string();
+                if !notes.contains("RLIMIT_NPROC") || said["same_pages"] != 0 {
+                    return Err(Failure(format!("dump {number}: {said}")));
+                }
+            }
+            job.kill()?;
+            job.restore(None, &[])?;
             finish(sandbox, nonce)
         })
     });

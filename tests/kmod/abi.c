@@ -128,6 +128,9 @@ TEST(attach_rejects)
 
 	CHECK_ERRNO(ioctl(fd, CKPT_IOC_ATTACH, 1), EINVAL);
 	CHECK_ERRNO(ioctl(fd, CKPT_IOC_ATTACH, &fd), EINVAL);
+	CHECK_ERRNO(ioctl(fd, CKPT_IOC_ATTACH, 0x7fffffff), ESRCH);
+	// A parent, whose memory is another.
+	CHECK_ERRNO(ioctl(fd, CKPT_IOC_ATTACH, getppid()), EINVAL);
 	CHECK(prctl(PR_SET_DUMPABLE, 0) == 0);
 	CHECK_ERRNO(ioctl(fd, CKPT_IOC_ATTACH, 0), EACCES);
 	CHECK(prctl(PR_SET_DUMPABLE, 1) == 0);
@@ -351,6 +354,38 @@ TEST(snapshot_without_its_attacher)
 	CHECK(pid > 0);
 	CHECK_EQ(wait_for(pid), 0);
 	CHECK_ERRNO(try_take(pair.sockets[0], 0, 0, &args), ESRCH);
+}
+
+static int attach_parent(void *argument)
+{
+	struct pair *pair = argument;
+
+	return ioctl(pair->sockets[0], CKPT_IOC_ATTACH, pair->sockets[1]) == 0 ? 0 : 1;
+}
+
+TEST(attach_by_a_helper)
+{
+	static char stack[65536] __attribute__((aligned(16)));
+	struct pair pair = { .sockets = { open_device(), getpid() } };
+	char *memory = map_small(PAGE);
+	int pid = clone(attach_parent, stack + sizeof(stack), CLONE_VM | CLONE_FILES | SIGCHLD, &pair), child;
+	struct ckpt_snapshot_args args;
+
+	CHECK(pid > 0);
+	CHECK_EQ(wait_for(pid), 0);
+	memory[0] = 1;
+	// The session is its maker's, which is there still.
+	args = take(pair.sockets[0], 0, 0);
+	CHECK_EQ(kind_of(args.fd, memory), CKPT_KIND_DATA);
+	// Its credentials are looked at, and not those of the helper that has ended.
+	CHECK(setresuid(-1, 1000, -1) == 0);
+	CHECK(prctl(PR_SET_DUMPABLE, 1) == 0);
+	CHECK_ERRNO(try_take(pair.sockets[0], 0, 0, &args), EACCES);
+	// A child of fork(2) shares nothing.
+	CHECK(setresuid(-1, 0, -1) == 0);
+	pair.sockets[0] = open_device();
+	child = spawn(attach_parent, &pair);
+	CHECK_EQ(wait_for(child), 1);
 }
 
 TEST(getruns_rejects)

@@ -258,6 +258,33 @@ TEST(incremental_swap)
 	check_kinds(args.fd, memory + 16 * PAGE, 48, CKPT_KIND_SAME);
 }
 
+TEST(incremental_bits_cleared_by_others)
+{
+	char *memory = map_small(16 * PAGE);
+	int session = open_session();
+	uint64_t generation;
+	struct ckpt_snapshot_args args;
+
+	memset(memory, 1, 16 * PAGE);
+	generation = begin(session);
+	memory[PAGE] = 2;
+	// What has been written before does not show any more, and nothing may be said to be the same.
+	write_file("/proc/self/clear_refs", "4");
+	CHECK_ERRNO(try_take(session, CKPT_SNAPSHOT_INCREMENTAL, generation, &args), ESTALE);
+	CHECK_ERRNO(try_take(session, INCREMENTAL, generation, &args), ESTALE);
+	generation = begin(session);
+	// Other requests clear other bits.
+	write_file("/proc/self/clear_refs", "1");
+	memory[2 * PAGE] = 3;
+	args = take(session, INCREMENTAL, generation);
+	CHECK_EQ(kind_of(args.fd, memory + PAGE), CKPT_KIND_SAME);
+	CHECK_EQ(kind_of(args.fd, memory + 2 * PAGE), CKPT_KIND_DATA);
+	close(args.fd);
+	// And again, in a generation that came of another.
+	write_file("/proc/self/clear_refs", "4");
+	CHECK_ERRNO(try_take(session, INCREMENTAL, args.generation, &args), ESTALE);
+}
+
 TEST(incremental_dirty_through_the_kernel)
 {
 	char *memory = map_small(16 * PAGE);

@@ -51,6 +51,8 @@ struct Changes<'a> {
     dirty_pages: u64,
     same_pages: u64,
     full_because: Option<&'a str>,
+    /// What tells which pages are written until the next one.
+    writes_from: Vec<&'a str>,
     notes: &'a [String],
 }
 
@@ -139,9 +141,13 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let mut said = Vec::new();
     let mut counts = (0, 0);
     let mut full_because = None;
-    if let Some(track::Outcome { tracking, dirty_pages, same_pages, full_because: why, notes, .. }) = changes
+    let mut writes_from = Vec::new();
+    if let Some(track::Outcome {
+        tracking, dirty_pages, same_pages, full_because: why, notes, sources, ..
+    }) = changes
     {
         (counts, said, full_because) = ((dirty_pages, same_pages), notes, why);
+        writes_from.extend(sources);
         if !args.stop
             && let Some(number) = number
         {
@@ -179,6 +185,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
                 dirty_pages: counts.0,
                 same_pages: counts.1,
                 full_because: full_because.as_deref(),
+                writes_from,
                 notes: &said,
             }),
             flushed_files: outcome.flushed_files,

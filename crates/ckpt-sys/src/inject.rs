@@ -220,11 +220,6 @@ impl Live {
         Ok(live)
     }
 
-    /// What the last call would undo was not done. (A task left to finish by itself still makes it.)
-    pub fn nothing_to_undo(&mut self) {
-        self.start.last = NO_CALL;
-    }
-
     /// The task.
     pub fn pid(&self) -> Pid {
         self.pid

@@ -23,7 +23,6 @@ pub mod socket;
 pub mod spawn;
 pub mod task;
 pub mod userfault;
-pub mod userfaultfd;
 
 pub use libc;
 pub use nix::errno::Errno;

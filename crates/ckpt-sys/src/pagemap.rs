@@ -109,7 +109,7 @@ fn call(pagemap: &File, args: &mut Arguments, regions: &mut [Region]) -> Result<
 /// scan. [`FILE`] is told only if `files`: it takes a look at each page's own description, which costs ten times as much as all else.
 ///
 /// # Errors
-/// `EPERM` if a mapping in the range is not watched by a [`crate::userfaultfd::WriteTracking`]; what comes before it has been given and
+/// `EPERM` if a mapping in the range is not watched by a [`crate::userfault::WriteTracking`]; what comes before it has been given and
 /// protected. `ENOTTY` before Linux 6.7; `ESRCH` if the process has ended.
 pub fn scan_written(
     pagemap: &File,
@@ -174,7 +174,7 @@ pub fn clear_soft_dirty(pid: Pid) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::userfaultfd::WriteTracking;
+    use crate::userfault::WriteTracking;
 
     /// Anonymous memory that is unmapped again.
     struct Memory {
@@ -367,6 +367,6 @@ mod tests {
 
     #[test]
     fn the_kernel_is_probed_by_doing() {
-        assert_eq!(crate::userfaultfd::probe().is_ok(), tracking().is_some());
+        assert_eq!(crate::userfault::probe_tracking().is_ok(), tracking().is_some());
     }
 }

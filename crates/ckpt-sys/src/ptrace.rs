@@ -28,6 +28,9 @@ pub const BLANK_OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
 /// tasks they make.
 pub const COPY_OPTIONS: i32 = libc::PTRACE_O_TRACECLONE | libc::PTRACE_O_EXITKILL;
 
+/// Options of a task that makes a descriptor: it stops when it is about to exit, while it still has it.
+pub const HELPER_OPTIONS: i32 = libc::PTRACE_O_TRACEEXIT | libc::PTRACE_O_EXITKILL;
+
 fn request(request: u32, pid: Pid, addr: usize, data: usize) -> Result<i64> {
     crate::hook::point();
     // SAFETY: callers in this module pass, in `data`, either a plain number or the address of a live object of the

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! userfaultfd(2): filling another process's missing pages, and being told what happens to them.
+//! userfaultfd(2), in the two ways in which ckpt uses it. [`Userfault`]: filling another process's missing pages, and being told what
+//! happens to them. [`WriteTracking`], its asynchronous write-protect mode (UFFD_FEATURE_WP_ASYNC, Linux 6.7): the kernel itself lifts the
+//! protection of a page at its first write, and nobody is told. What is left protected has not been written to;
+//! [`crate::pagemap::scan_written`] finds and protects pages.
 //!
 //! The descriptor is made by the process whose memory it is about; whoever got it by [`crate::task::pidfd_getfd`] may use it.
+//! Constants and layouts are those of linux/userfaultfd.h, which libc does not have.
 
 use nix::errno::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -16,8 +20,21 @@ pub const IOC_NEW: u64 = 0xaa00;
 /// CAP_SYS_PTRACE in the initial user namespace.
 pub const FEATURE_EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
 
+/// Flags for userfaultfd(2) that make one for [`WriteTracking`]: close-on-exec, and only for faults in user mode, which needs no privilege.
+/// That does not matter here: in asynchronous mode no fault is ever handed to anyone.
+const TRACKING_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | USER_MODE_ONLY;
+
+/// How a helper makes one for [`WriteTracking`] of the memory that it shares.
+pub fn tracking_of_memory() -> crate::arch::Making {
+    let open = (libc::SYS_userfaultfd, [Some(TRACKING_FLAGS), Some(0), Some(0)]);
+    crate::arch::Making { path: Vec::new(), open, with: (libc::SYS_getpid, [0; 2]) }
+}
+
 const UFFD_API: u64 = 0xaa;
 const MODE_MISSING: u64 = 1;
+const MODE_WP: u64 = 1 << 1;
+const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
 
 /// `_IOC(direction, 0xaa, number, bytes)`.
 const fn request(direction: u64, number: u64, bytes: u64) -> u64 {
@@ -31,6 +48,12 @@ const UFFDIO_UNREGISTER: u64 = request(READ, 1, 16);
 const UFFDIO_WAKE: u64 = request(READ, 2, 16);
 const UFFDIO_COPY: u64 = request(READ_WRITE, 3, 40);
 const UFFDIO_ZEROPAGE: u64 = request(READ_WRITE, 4, 32);
+
+fn ioctl<const N: usize>(fd: &OwnedFd, request: u64, words: &mut [u64; N]) -> Result<()> {
+    // SAFETY: private; each request reads and writes a structure of `N` words, which is what its number says.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request as _, words.as_mut_ptr()) })?;
+    Ok(())
+}
 
 /// Something that happened to the memory.
 #[derive(Debug)]
@@ -78,9 +101,7 @@ impl Userfault {
     }
 
     fn ioctl<const N: usize>(&self, request: u64, words: &mut [u64; N]) -> Result<()> {
-        // SAFETY: private; each request reads and writes a structure of `N` words, which is what its number says.
-        Errno::result(unsafe { libc::ioctl(self.0.as_raw_fd(), request as _, words.as_mut_ptr()) })?;
-        Ok(())
+        ioctl(&self.0, request, words)
     }
 
     /// Missing pages of the range are reported, and can be filled, from now on. Whole mappings or parts of them.
@@ -189,6 +210,109 @@ fn settle(asked: u64, done: u64, result: Result<()>) -> (u64, Result<()>) {
         Err(e) if (done as i64) <= 0 => (0, Err(e)),
         // EAGAIN stands for "not all": what stopped it shows when the rest is tried.
         Err(_) => (done, Ok(())),
+    }
+}
+
+/// Write tracking of one address space: that of the process in which the descriptor was made. When the last copy of the
+/// descriptor is closed all of it ends, and no page stays protected.
+#[derive(Debug)]
+pub struct WriteTracking(OwnedFd);
+
+impl WriteTracking {
+    /// Sets a new userfaultfd up for it.
+    ///
+    /// # Errors
+    /// `EINVAL` if the kernel does not know the mode, or the descriptor has been set up before.
+    pub fn set_up(fd: OwnedFd) -> Result<WriteTracking> {
+        ioctl(&fd, UFFDIO_API, &mut [UFFD_API, FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED, 0])?;
+        Ok(WriteTracking(fd))
+    }
+
+    /// One that has been set up before.
+    pub fn adopt(fd: OwnedFd) -> WriteTracking {
+        WriteTracking(fd)
+    }
+
+    /// One for this process itself, for tests and probes.
+    ///
+    /// # Errors
+    /// `ENOSYS`, `EPERM` (a seccomp filter), `EINVAL` before Linux 6.7.
+    pub fn of_this_process() -> Result<WriteTracking> {
+        // SAFETY: the call takes one number.
+        let fd = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, TRACKING_FLAGS) })?;
+        // SAFETY: a new descriptor that nobody else owns.
+        WriteTracking::set_up(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    }
+
+    /// Watches a range of whole mappings. Pages are not protected by this. Does nothing to what is watched by this
+    /// descriptor already.
+    ///
+    /// # Errors
+    /// `EBUSY` if another userfaultfd watches a part of it; `EPERM` for a shared mapping of a file that was not opened for
+    /// writing; `EINVAL` if nothing is mapped at its start or it can't be watched; `ENOMEM` if the address space is gone.
+    pub fn register(&self, start: u64, bytes: u64) -> Result<()> {
+        ioctl(&self.0, UFFDIO_REGISTER, &mut [start, bytes, MODE_WP, 0])
+    }
+
+    /// Ends the watching of a range; no page of it stays protected.
+    ///
+    /// # Errors
+    /// `EINVAL` if nothing is mapped there.
+    pub fn unregister(&self, start: u64, bytes: u64) -> Result<()> {
+        ioctl(&self.0, UFFDIO_UNREGISTER, &mut [start, bytes])
+    }
+
+    /// The descriptor, to be handed to whoever keeps it.
+    pub fn into_fd(self) -> OwnedFd {
+        self.0
+    }
+}
+
+/// Whether the kernel can do all that is relied on: probed by doing. A mapping that is moved must not keep its protection (before Linux
+/// 6.13 and its backports it does, and what was moved would look unwritten where it is now).
+///
+/// # Errors
+/// Why not: what [`WriteTracking::of_this_process`] gives; `EOPNOTSUPP` for moved protection.
+pub fn probe_tracking() -> Result<()> {
+    use crate::memory::PAGE;
+    let tracking = WriteTracking::of_this_process()?;
+    let pagemap = std::fs::File::open("/proc/self/pagemap").map_err(|_| Errno::EACCES)?;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: new memory of three pages where nothing is mapped.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), 3 * PAGE as usize, prot, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    let start = at as u64;
+    let attempt = || {
+        // SAFETY: inside the mapping, which is writable.
+        unsafe { (at as *mut u8).write_volatile(1) };
+        tracking.register(start, PAGE)?;
+        crate::pagemap::scan_written(&pagemap, start, start + PAGE, true, false, &mut |_| ())?;
+        let to = start + 2 * PAGE;
+        let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: moves the first page of the mapping over the third, both ours and without references to them.
+        let moved = unsafe { libc::mremap(at, PAGE as usize, PAGE as usize, how, to as *mut libc::c_void) };
+        if moved == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        tracking.register(to, PAGE)?;
+        let mut written = false;
+        crate::pagemap::scan_written(&pagemap, to, to + PAGE, false, false, &mut |r| {
+            written |= r.is(crate::pagemap::WRITTEN);
+        })?;
+        if written { Ok(()) } else { Err(Errno::EOPNOTSUPP) }
+    };
+    let result = attempt();
+    // SAFETY: the mapping made above, to which there are no references.
+    unsafe { libc::munmap(at, 3 * PAGE as usize) };
+    result
+}
+
+impl AsFd for WriteTracking {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

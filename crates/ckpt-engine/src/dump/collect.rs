@@ -6,11 +6,14 @@ use crate::error::DumpError;
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::process::{Frozen, Process, Task};
+use crate::resource::process::is_filtered;
 use crate::resource::{At, Collect, Collected, Resource, in_order};
-use ckpt_sys::inject::{Live, NO_CALL, Padding, Query, SCRATCH_BYTES, Start, SystemCall};
-use ckpt_sys::libc;
+use ckpt_sys::arch::Making;
+use ckpt_sys::inject::{InjectError, Live, NO_CALL, Padding, Query, SCRATCH_BYTES, Start};
 use ckpt_sys::memory::Forced;
-use ckpt_sys::task::last_cpu;
+use ckpt_sys::task::{Beside, last_cpu};
+use ckpt_sys::{Errno, frozen_copy, libc};
+use std::os::fd::OwnedFd;
 
 /// Runs all kinds over the job, its open files, its processes and their threads.
 ///
@@ -144,6 +147,37 @@ fn hole(p: &Process, bytes: u64) -> Result<u64, DumpError> {
     })
 }
 
+/// Has a helper in a frozen process make a descriptor about its memory, which the process never has. The inner error says why it could not.
+pub(crate) fn make_descriptor(
+    p: &Process,
+    beside: &mut Beside,
+    making: &Making,
+) -> Result<Result<OwnedFd, String>, DumpError> {
+    if is_filtered(p) {
+        return Ok(Err("it runs under a seccomp filter".into()));
+    }
+    let Some((leader, state)) = p.threads.first().and_then(|t| Some((t, t.frozen.as_ref()?))) else {
+        return Ok(Err("its main thread is gone".into()));
+    };
+    if ckpt_sys::arch::is_compat(&state.registers) {
+        return Ok(Err("its main thread runs 32-bit code".into()));
+    }
+    beside.on(last_cpu(p.host, leader.host));
+    let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
+    let mut live = open(p, leader, &memory, padding_of(p)?, scratch_of(p)?)?;
+    ckpt_sys::hook::point();
+    let made = match frozen_copy::make_descriptor(&mut live, &memory, making) {
+        Ok(Ok(fd)) => Ok(fd),
+        Ok(Err(Errno::EAGAIN)) => Err("no more processes are allowed (RLIMIT_NPROC, pids.max)".into()),
+        Ok(Err(errno)) => Err(errno.to_string()),
+        Err(InjectError::NoRoom { .. }) => Err("there is no room for the code behind its vDSO".into()),
+        Err(e) => return Err(e.into()),
+    };
+    ckpt_sys::hook::point();
+    live.close(&memory)?;
+    Ok(made)
+}
+
 /// Starts an injection into a frozen thread, with [`SCRATCH_BYTES`] at `scratch` where nothing is mapped.
 pub(crate) fn open(
     p: &Process,
@@ -152,18 +186,6 @@ pub(crate) fn open(
     padding: Padding,
     scratch: u64,
 ) -> Result<Live, DumpError> {
-    open_undone_by(p, t, memory, padding, scratch, NO_CALL)
-}
-
-/// As [`open`]; the thread makes the call `last` before it goes on.
-pub(crate) fn open_undone_by(
-    p: &Process,
-    t: &Task,
-    memory: &Forced,
-    padding: Padding,
-    scratch: u64,
-    last: SystemCall,
-) -> Result<Live, DumpError> {
     let missing = || DumpError::Process {
         pid: p.pid,
         what: format!("state of thread {}", t.tid),
@@ -171,7 +193,7 @@ pub(crate) fn open_undone_by(
     };
     let frozen = t.frozen.as_ref().ok_or_else(missing)?;
     let Frozen { registers, mask, quiet } = *frozen;
-    let start = Start { padding, scratch, registers, mask, quiet, last, bell: bell(p, frozen) };
+    let start = Start { padding, scratch, registers, mask, quiet, last: NO_CALL, bell: bell(p, frozen) };
     Ok(Live::open(t.host, memory, start)?)
 }
 

@@ -127,7 +127,7 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     found.check_room(prepared.as_ref(), compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.
     let mut tracker = match incremental {
-        Some(start) => Some(Tracker::begin(&mut found.job, start)?),
+        Some(start) => Some(Tracker::begin(&mut found.job, start, prepared.tracks_writes())?),
         None => None,
     };
     let writer = write::start(dir, compression, tracker.as_mut())?;

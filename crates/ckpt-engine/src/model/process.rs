@@ -131,17 +131,7 @@ fn last(v: Option<&Vec<i32>>) -> i32 {
     v.and_then(|v| v.last().copied()).unwrap_or(0)
 }
 
-/// The lowest number that is not among `taken`, which are sorted.
-fn lowest_free(taken: &[i32]) -> i32 {
-    taken.iter().zip(0..).find(|(n, i)| **n != *i).map_or(taken.len() as i32, |(_, i)| i)
-}
-
 impl Process {
-    /// The number that the next descriptor which is opened in it will get, while nobody runs who could change its table.
-    pub fn free_descriptor(&self) -> i32 {
-        lowest_free(&self.descriptors.iter().map(|d| d.number).collect::<Vec<_>>())
-    }
-
     /// Reads one process; `None` if it is gone. `inner` maps pids as ckpt sees them to those inside. If it was seen `before`
     /// the flags of its mappings may be assumed, see [`Process::assumed_flags`].
     ///
@@ -287,18 +277,5 @@ fn io(e: procfs::ProcError) -> std::io::Error {
         procfs::ProcError::PermissionDenied(_) => std::io::Error::from(ErrorKind::PermissionDenied),
         procfs::ProcError::Io(e, _) => e,
         e => std::io::Error::other(e.to_string()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::lowest_free;
-
-    #[test]
-    fn the_lowest_free_number() {
-        assert_eq!(lowest_free(&[]), 0);
-        assert_eq!(lowest_free(&[0, 1, 2]), 3);
-        assert_eq!(lowest_free(&[0, 2, 3]), 1);
-        assert_eq!(lowest_free(&[1]), 0);
     }
 }

@@ -7,7 +7,7 @@
 
 use super::copy::{Pieces, keep};
 use super::guard::Guard;
-use super::kmod::{self, Kept};
+use super::kmod::{self, Changes, Kept};
 use super::memory_limit::{Limits, Room};
 use super::{Account, Engine, From, Piece, Prepared, Range, Sink, Snapshot, Source, pages, read_source};
 use crate::dump::collect;
@@ -17,11 +17,12 @@ use crate::model::Job;
 use crate::model::memory::{Vma, read_smaps};
 use crate::model::process::Process;
 use crate::resource::Collected;
-use ckpt_sys::Errno;
+use crate::track::Same;
 use ckpt_sys::frozen_copy::{CopyProcess, Fork, Forked};
 use ckpt_sys::inject::{InjectError, Live};
 use ckpt_sys::memory::Forced;
 use ckpt_sys::task::last_cpu;
+use ckpt_sys::{Errno, Pid};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -39,6 +40,8 @@ pub struct Cow {
 #[derive(Debug)]
 struct Ready {
     device: bool,
+    /// The job stays frozen: what the module does not keep is read where it is.
+    still: bool,
     /// Why a process is not forked, by pid.
     obstacles: BTreeMap<i32, String>,
     needs_bytes: u64,
@@ -63,10 +66,12 @@ impl Cow {
         stays_frozen: bool,
         device: bool,
     ) -> Result<Box<dyn Prepared>, DumpError> {
-        if stays_frozen {
-            return Ok(Box::new(Still));
-        }
+        let duplicate_limit_bytes = self.duplicate_limit_bytes;
         let mut obstacles = BTreeMap::new();
+        if stays_frozen {
+            let still = Ready { device, still: true, obstacles, needs_bytes: 0, duplicate_limit_bytes };
+            return Ok(if device { Box::new(still) } else { Box::new(Still) });
+        }
         if let Some(why) = host_obstacle() {
             obstacles.extend(job.live().map(|p| (p.pid, why.to_owned())));
         }
@@ -82,8 +87,7 @@ impl Cow {
         }
         let copied = job.live().filter(|p| obstacles.contains_key(&p.pid));
         let needs_bytes = copied.flat_map(|p| &p.vmas).map(|v| v.anonymous_bytes + v.swap_bytes).sum();
-        let duplicate_limit_bytes = self.duplicate_limit_bytes;
-        Ok(Box::new(Ready { device, obstacles, needs_bytes, duplicate_limit_bytes }))
+        Ok(Box::new(Ready { device, still: false, obstacles, needs_bytes, duplicate_limit_bytes }))
     }
 }
 
@@ -250,6 +254,10 @@ enum Part {
     Forked(i32, Vec<Range>),
     /// Kept by the kernel module.
     Kept(i32, Range),
+    /// In the process, which stays frozen.
+    Still(Pid, i32, Range),
+    /// All of the source, of a job that stays frozen.
+    Whole,
 }
 
 impl Prepared for Ready {
@@ -262,12 +270,52 @@ impl Prepared for Ready {
         frozen: &mut FrozenJob,
         collected: &Collected,
     ) -> Result<Box<dyn Snapshot>, DumpError> {
+        if self.still {
+            return Ok(Box::new(Still));
+        }
+        self.take(frozen, collected, None)
+    }
+
+    fn tracks_writes(&self) -> bool {
+        self.device && kmod::tracks_writes()
+    }
+
+    fn snapshot_changes(
+        self: Box<Self>,
+        frozen: &mut FrozenJob,
+        collected: &Collected,
+        changes: &mut Changes,
+    ) -> Result<Box<dyn Snapshot>, DumpError> {
+        self.take(frozen, collected, Some(changes))
+    }
+}
+
+impl Ready {
+    fn take(
+        &self,
+        frozen: &mut FrozenJob,
+        collected: &Collected,
+        mut changes: Option<&mut Changes>,
+    ) -> Result<Box<dyn Snapshot>, DumpError> {
         let mut reasons = Reasons::default();
-        let kept = if self.device { kmod::keep_all(frozen, &mut reasons)? } else { BTreeMap::new() };
-        let copies = fork_all(frozen, collected, &kept, &self.obstacles, &mut reasons)?;
+        let kept = if self.device {
+            kmod::keep_all(frozen, &mut reasons, changes.as_deref_mut())?
+        } else {
+            BTreeMap::new()
+        };
+        let copies = if self.still {
+            BTreeMap::new()
+        } else {
+            fork_all(frozen, collected, &kept, &self.obstacles, &mut reasons)?
+        };
         let (mut parts, mut held_bytes) = (Vec::with_capacity(collected.sources.len()), 0);
         for source in &collected.sources {
-            parts.push(hold(source, &copies, &kept, &mut reasons, &mut held_bytes)?);
+            let mut same = Vec::new();
+            let hold = Hold { still: self.still, copies: &copies, kept: &kept };
+            parts.push(hold.source(source, &mut reasons, &mut held_bytes, &mut same)?);
+            if let Some(changes) = changes.as_deref_mut() {
+                changes.same.push(same);
+            }
         }
         let guard = Guard::new(&copies, self.duplicate_limit_bytes);
         let engine = match (kept.is_empty(), copies.is_empty()) {
@@ -276,64 +324,81 @@ impl Prepared for Ready {
             (true, true) => super::copy::NAME,
         };
         let account = Account { engine, reasons: reasons.into_texts(), held_bytes, duplicated_bytes: None };
-        Ok(Box::new(Copies { parts, account, guard, copies, kept, reader: None, settled: false }))
+        let still = self.still;
+        Ok(Box::new(Copies { parts, account, guard, copies, kept, still, reader: None, settled: false }))
     }
 }
 
-/// Copies what the forks don't keep of a source.
-fn hold(
-    source: &Source,
-    copies: &BTreeMap<i32, CopyProcess>,
-    kept: &BTreeMap<i32, Kept>,
-    reasons: &mut Reasons,
-    held_bytes: &mut u64,
-) -> Result<Vec<Part>, DumpError> {
-    let mut pieces = Pieces::new();
-    let mut parts = Vec::new();
-    let From::Process { host, pid, ranges } = &source.from else {
-        read_source(source, PIECE_BYTES, &mut |piece| keep(&mut pieces, source, piece))?;
-        *held_bytes += bytes_of(&pieces);
-        return Ok(vec![Part::Held(pieces)]);
-    };
-    let forked = copies.contains_key(pid);
-    let mut reader = None;
-    let divided = match kept.get(pid) {
-        None => ranges.iter().map(|r| (false, *r)).collect(),
-        Some(kept) => {
-            let mut all = Vec::with_capacity(ranges.len());
-            for r in ranges {
-                all.extend(kept.divide(r)?);
+/// What memory is kept by.
+struct Hold<'a> {
+    still: bool,
+    copies: &'a BTreeMap<i32, CopyProcess>,
+    kept: &'a BTreeMap<i32, Kept>,
+}
+
+impl Hold<'_> {
+    /// Copies what is not kept of a source. `same` gets what need not be, as another checkpoint has it.
+    fn source(
+        &self,
+        source: &Source,
+        reasons: &mut Reasons,
+        held_bytes: &mut u64,
+        same: &mut Vec<Same>,
+    ) -> Result<Vec<Part>, DumpError> {
+        let mut pieces = Pieces::new();
+        let mut parts = Vec::new();
+        let From::Process { host, pid, ranges } = &source.from else {
+            if self.still {
+                return Ok(vec![Part::Whole]);
             }
-            all
-        }
-    };
-    for (is_kept, r) in &divided {
-        if *is_kept {
-            parts.push(Part::Kept(*pid, *r));
-            continue;
-        }
-        if forked && r.lost_in_fork.is_none() {
-            match parts.last_mut() {
-                Some(Part::Forked(_, list)) => list.push(*r),
-                _ => parts.push(Part::Forked(*pid, vec![*r])),
-            }
-            continue;
-        }
-        let reader = match &mut reader {
-            Some(r) => r,
-            none => none.insert(pages::Reader::open(*host, *pid)?),
+            read_source(source, PIECE_BYTES, &mut |piece| keep(&mut pieces, source, piece))?;
+            *held_bytes += bytes_of(&pieces);
+            return Ok(vec![Part::Held(pieces)]);
         };
-        reader.read_range(r, PIECE_BYTES, &mut |piece| keep(&mut pieces, source, piece))?;
-        let bytes = bytes_of(&pieces);
-        if bytes > 0 {
-            if let (Some(why), true) = (r.lost_in_fork, forked) {
-                *reasons.ranges.entry((*pid, why)).or_default() += bytes;
+        let forked = self.copies.contains_key(pid);
+        let mut reader = None;
+        let divided = match self.kept.get(pid) {
+            None => ranges.iter().map(|r| (false, *r)).collect(),
+            Some(kept) => {
+                let mut all = Vec::with_capacity(ranges.len());
+                for r in ranges {
+                    all.extend(kept.divide(source.kind, r, same)?);
+                }
+                all
             }
-            *held_bytes += bytes;
-            parts.push(Part::Held(std::mem::take(&mut pieces)));
+        };
+        for (is_kept, r) in &divided {
+            if *is_kept {
+                parts.push(Part::Kept(*pid, *r));
+                continue;
+            }
+            if self.still {
+                parts.push(Part::Still(*host, *pid, *r));
+                continue;
+            }
+            if forked && r.lost_in_fork.is_none() {
+                match parts.last_mut() {
+                    Some(Part::Forked(_, list)) => list.push(*r),
+                    _ => parts.push(Part::Forked(*pid, vec![*r])),
+                }
+                continue;
+            }
+            let reader = match &mut reader {
+                Some(r) => r,
+                none => none.insert(pages::Reader::open(*host, *pid)?),
+            };
+            reader.read_range(r, PIECE_BYTES, &mut |piece| keep(&mut pieces, source, piece))?;
+            let bytes = bytes_of(&pieces);
+            if bytes > 0 {
+                if let (Some(why), true) = (r.lost_in_fork, forked) {
+                    *reasons.ranges.entry((*pid, why)).or_default() += bytes;
+                }
+                *held_bytes += bytes;
+                parts.push(Part::Held(std::mem::take(&mut pieces)));
+            }
         }
+        Ok(parts)
     }
-    Ok(parts)
 }
 
 fn bytes_of(pieces: &Pieces) -> u64 {
@@ -348,6 +413,7 @@ struct Copies {
     guard: Guard,
     copies: BTreeMap<i32, CopyProcess>,
     kept: BTreeMap<i32, Kept>,
+    still: bool,
     reader: Option<(i32, pages::Reader)>,
     settled: bool,
 }
@@ -374,17 +440,23 @@ impl Copies {
     }
 
     fn stream_forked(&mut self, pid: i32, ranges: &[Range], sink: &mut Sink<'_>) -> Result<(), DumpError> {
-        let Some(copy) = self.copies.get(&pid) else { return Err(DumpError::CopyLost { pid }) };
-        let reader = match &mut self.reader {
-            Some((of, reader)) if *of == pid => reader,
-            other => &mut other.insert((pid, pages::Reader::open(copy.pid(), pid)?)).1,
-        };
+        let copy = self.copies.get(&pid).ok_or(DumpError::CopyLost { pid })?.pid();
+        let reader = self.reader_of(copy, pid)?;
         ranges.iter().try_for_each(|r| reader.read_range(r, PIECE_BYTES, sink))
+    }
+
+    /// Reads the memory of `host`, which stands for the process `pid`.
+    fn reader_of(&mut self, host: Pid, pid: i32) -> Result<&pages::Reader, DumpError> {
+        let reader = match self.reader.take() {
+            Some(last) if last.0 == pid => last,
+            _ => (pid, pages::Reader::open(host, pid)?),
+        };
+        Ok(&self.reader.insert(reader).1)
     }
 }
 
 impl Snapshot for Copies {
-    fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+    fn stream(&mut self, index: usize, source: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         self.settle()?;
         for part in std::mem::take(&mut self.parts[index]) {
             match part {
@@ -398,6 +470,10 @@ impl Snapshot for Copies {
                     let Some(kept) = self.kept.get(&pid) else { return Err(DumpError::CopyLost { pid }) };
                     kept.read_range(&range, PIECE_BYTES, sink)?;
                 }
+                Part::Still(host, pid, range) => {
+                    self.reader_of(host, pid)?.read_range(&range, PIECE_BYTES, sink)?;
+                }
+                Part::Whole => read_source(source, PIECE_BYTES, sink)?,
                 Part::Forked(pid, ranges) => {
                     let done = self.stream_forked(pid, &ranges, sink);
                     // A copy that was killed is the cause of any other error.
@@ -426,7 +502,9 @@ impl Snapshot for Copies {
         if self.settled {
             self.check()?;
         }
-        if self.kept.is_empty() {
+        if self.still {
+            self.account.duplicated_bytes = Some(0);
+        } else if self.kept.is_empty() {
             self.account.duplicated_bytes = Some(self.guard.duplicated_bytes());
         }
         // What was duplicated may have been lost with a copy that ends at this moment.

@@ -3,23 +3,23 @@
 //! take (shared memory, pages under I/O) is copied while the job is frozen; a process that it refuses is forked or
 //! copied as by [`super::cow`]. See docs/adr/0019-attach-by-injection.md.
 //!
-//! A process attaches its own memory: open, ioctl and close are injected into its main thread, and the session is taken
-//! out in between. Whatever becomes of the dumper, the injected code closes the descriptor before the process goes on.
+//! A helper in the process, which shares its memory and has descriptors of its own, attaches it; the session is taken out before the
+//! helper exits. Whatever becomes of the dumper, the process never has it.
 
 use super::cow::{Cow, Reasons};
 use super::{Engine, Pages, Piece, Prepared, Range, Sink};
 use crate::dump::collect;
 use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
+use crate::kind::Kind;
 use crate::model::Job;
-use crate::model::process::Process;
-use crate::resource::process::is_filtered;
-use ckpt_sys::device::{self, KIND_COPY, KIND_DATA, KIND_FOREIGN, KIND_ZERO, Run, Session};
-use ckpt_sys::memory::{Forced, PAGE};
-use ckpt_sys::task::{Beside, last_cpu, pidfd_getfd, pidfd_open};
-use ckpt_sys::{Errno, arch, libc};
+use crate::model::process::{Process, ProcessId};
+use crate::track::Same;
+use ckpt_sys::Errno;
+use ckpt_sys::device::{self, KIND_COPY, KIND_DATA, KIND_FOREIGN, KIND_SAME, KIND_ZERO, Run, Session};
+use ckpt_sys::memory::PAGE;
+use ckpt_sys::task::Beside;
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 
 /// Its name.
 pub const NAME: &str = "kmod";
@@ -53,49 +53,189 @@ impl Engine for Kmod {
     }
 }
 
+/// Whether the module tells what has been written since an earlier snapshot.
+pub(super) fn tracks_writes() -> bool {
+    device::query().is_ok_and(|q| device::tracks_writes(&q))
+}
+
+/// What the module knows of writes from one dump to the next.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// The processes with a session. Before the snapshot: those of the last dump; after it: those of this one.
+    pub processes: Vec<Tracked>,
+    /// By source: pages that are those of the parent.
+    pub same: Vec<Vec<Same>>,
+    /// Bytes of private memory that are not.
+    pub dirty_bytes: u64,
+    /// Processes that are saved whole although they need not have been, and why.
+    pub notes: Vec<String>,
+}
+
+/// A process whose writes the module tracks.
+#[derive(Debug)]
+pub struct Tracked {
+    /// The process.
+    pub id: ProcessId,
+    /// Its session.
+    pub session: Session,
+    /// The generation that began with the last snapshot.
+    pub generation: u64,
+    /// The object of its private memory in the checkpoint of that snapshot, if another can be built on it.
+    pub parent_object: Option<u64>,
+}
+
 /// The private memory of a process, kept by the module.
 #[derive(Debug)]
 pub struct Kept {
     pid: i32,
     snapshot: device::Snapshot,
+    /// Without what is as in this object of the parent.
+    parent_object: Option<u64>,
 }
 
-/// Attaches all processes, then has the module keep the memory of each. `reasons` gets those that it does not keep.
-pub(super) fn keep_all(
-    frozen: &mut FrozenJob,
-    reasons: &mut Reasons,
-) -> Result<BTreeMap<i32, Kept>, DumpError> {
-    let FrozenJob { job, opened, .. } = frozen;
-    let mut sessions = Vec::new();
-    let mut beside = Beside::default();
-    for p in job.live() {
-        let attached = if opened.has(p.pid) { Err(NOT_DUMPABLE.into()) } else { attach(p, &mut beside)? };
-        match attached {
-            Ok(session) => sessions.push((p.pid, session)),
-            Err(why) => reasons.not_kept(p.pid, why),
+/// A snapshot to be taken.
+struct Wanted<'a> {
+    process: &'a Process,
+    session: Session,
+    track: bool,
+    /// Without what has not been written since.
+    since: Option<u64>,
+    parent_object: Option<u64>,
+    /// The session is of an earlier dump.
+    is_old: bool,
+}
+
+/// One that was taken.
+struct Took {
+    snapshot: device::Snapshot,
+    taken: device::Taken,
+    /// Without what has not been written.
+    is_incremental: bool,
+    /// Why not, or why nothing will be known of writes.
+    note: Option<&'static str>,
+    /// It is known what will be written.
+    is_tracked: bool,
+}
+
+impl Wanted<'_> {
+    fn take(&self) -> Result<Took, Errno> {
+        let mut note = None;
+        if !self.track {
+            let (snapshot, taken) = self.session.snapshot()?;
+            return Ok(Took { snapshot, taken, is_incremental: false, note, is_tracked: false });
+        }
+        if self.since.is_some() {
+            match self.session.snapshot_and_track(self.since) {
+                Ok((snapshot, taken)) => {
+                    return Ok(Took { snapshot, taken, is_incremental: true, note, is_tracked: true });
+                }
+                Err(Errno::ESTALE) => note = Some(STALE),
+                Err(e) => return Err(e),
+            }
+        }
+        match self.session.snapshot_and_track(None) {
+            Ok((snapshot, taken)) => {
+                Ok(Took { snapshot, taken, is_incremental: false, note, is_tracked: true })
+            }
+            Err(Errno::EOPNOTSUPP) => {
+                let (snapshot, taken) = self.session.snapshot()?;
+                let note = Some(NOT_TRACKED);
+                Ok(Took { snapshot, taken, is_incremental: false, note, is_tracked: false })
+            }
+            Err(e) => Err(e),
         }
     }
-    // Walks don't depend on each other: one thread for each processor.
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(sessions.len());
-    let take = |sessions: &[(i32, Session)]| -> Vec<(i32, Result<device::Snapshot, Errno>)> {
-        sessions.iter().map(|(pid, s)| (*pid, s.snapshot().map(|(snapshot, _)| snapshot))).collect()
-    };
-    let taken = match threads {
-        0 | 1 => take(&sessions),
+}
+
+const STALE: &str =
+    "the kernel module has lost track of its writes (somebody else has cleared its soft-dirty bits)";
+const NOT_TRACKED: &str =
+    "the kernel module can't track its writes (the kernel's own mappings in it were moved)";
+
+/// Takes snapshots that don't depend on each other: one thread for each processor.
+fn take_all(wanted: &[Wanted<'_>]) -> Vec<Result<Took, Errno>> {
+    let take = |part: &[Wanted<'_>]| part.iter().map(Wanted::take).collect::<Vec<_>>();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(wanted.len());
+    match threads {
+        0 | 1 => take(wanted),
         n => std::thread::scope(|scope| {
-            let parts: Vec<_> = sessions
-                .chunks(sessions.len().div_ceil(n))
-                .map(|part| scope.spawn(move || take(part)))
-                .collect();
+            let parts: Vec<_> =
+                wanted.chunks(wanted.len().div_ceil(n)).map(|part| scope.spawn(move || take(part))).collect();
             // A thread that panics ends the program.
             parts.into_iter().flat_map(|part| part.join().unwrap_or_default()).collect()
         }),
+    }
+}
+
+/// Attaches all processes, then has the module keep the memory of each; with `changes`, only what has been written since. `reasons` gets
+/// those that it does not keep.
+pub(super) fn keep_all(
+    frozen: &mut FrozenJob,
+    reasons: &mut Reasons,
+    mut changes: Option<&mut Changes>,
+) -> Result<BTreeMap<i32, Kept>, DumpError> {
+    let FrozenJob { job, opened, .. } = frozen;
+    let track = changes.is_some();
+    let mut known = changes.as_deref_mut().map(|c| std::mem::take(&mut c.processes)).unwrap_or_default();
+    let mut refuse = |pid: i32, why: String, changes: Option<&mut Changes>| {
+        if let Some(changes) = changes {
+            changes.notes.push(format!("pid {pid}: {why}; its memory is saved whole each time"));
+        }
+        reasons.not_kept(pid, why);
     };
+    let mut beside = Beside::default();
+    let fresh = |process, session| Wanted {
+        process,
+        session,
+        track,
+        since: None,
+        parent_object: None,
+        is_old: false,
+    };
+    let mut wanted = Vec::new();
+    for p in job.live() {
+        let old = known.iter().position(|t| t.id == ProcessId::of(p)).map(|at| known.swap_remove(at));
+        if opened.has(p.pid) {
+            refuse(p.pid, NOT_DUMPABLE.into(), changes.as_deref_mut());
+        } else if let Some(Tracked { session, generation, parent_object, .. }) = old {
+            let since = parent_object.map(|_| generation);
+            wanted.push(Wanted { process: p, session, track, since, parent_object, is_old: true });
+        } else {
+            match attach(p, &mut beside)? {
+                Ok(session) => wanted.push(fresh(p, session)),
+                Err(why) => refuse(p.pid, why, changes.as_deref_mut()),
+            }
+        }
+    }
+    let mut took: Vec<_> = take_all(&wanted).into_iter().zip(wanted).collect();
+    for (took, wanted) in &mut took {
+        // It has executed another program. Where it can't be attached anew, the reason is given below.
+        if wanted.is_old
+            && matches!(took, Err(Errno::ESRCH))
+            && let Ok(session) = attach(wanted.process, &mut beside)?
+        {
+            *wanted = fresh(wanted.process, session);
+            *took = wanted.take();
+        }
+    }
     let mut out = BTreeMap::new();
-    for (pid, snapshot) in taken {
-        match snapshot {
-            Ok(snapshot) => _ = out.insert(pid, Kept { pid, snapshot }),
-            Err(errno) => reasons.not_kept(pid, refused(errno)),
+    for (took, wanted) in took {
+        let pid = wanted.process.pid;
+        match took {
+            Ok(Took { snapshot, taken, is_incremental, note, is_tracked }) => {
+                if let Some(changes) = changes.as_deref_mut() {
+                    changes.notes.extend(note.map(|why| format!("pid {pid}: {why}; it is saved whole")));
+                    changes.dirty_bytes += (taken.pages_data + taken.pages_copy) * PAGE;
+                    let generation = taken.generation;
+                    if is_tracked {
+                        let (id, session) = (ProcessId::of(wanted.process), wanted.session);
+                        changes.processes.push(Tracked { id, session, generation, parent_object: None });
+                    }
+                }
+                let parent_object = wanted.parent_object.filter(|_| is_incremental);
+                out.insert(pid, Kept { pid, snapshot, parent_object });
+            }
+            Err(errno) => refuse(pid, refused(errno), changes.as_deref_mut()),
         }
     }
     Ok(out)
@@ -114,49 +254,25 @@ fn refused(errno: Errno) -> String {
     }
 }
 
-/// Has a frozen process attach its memory. The inner error says why it was not done.
+/// Has a helper in a frozen process attach its memory. The inner error says why it was not done.
 fn attach(p: &Process, beside: &mut Beside) -> Result<Result<Session, String>, DumpError> {
-    let leader = p.threads.first().and_then(|t| t.frozen.as_ref());
-    if is_filtered(p) {
-        return Ok(Err("it runs under a seccomp filter".into()));
-    }
-    if leader.is_none_or(|f| arch::is_compat(&f.registers)) {
-        return Ok(Err("its main thread runs 32-bit code".into()));
-    }
-    // The kernel gives the lowest number that is free; all who share the table stand still.
-    let free = p.free_descriptor();
-    let close = (libc::SYS_close, [free as u64, 0, 0, 0, 0, 0]);
-    beside.on(last_cpu(p.host, p.host));
-    let memory = Forced::open(p.host).map_err(DumpError::process(p.pid, "opening its memory"))?;
-    let (padding, scratch) = (collect::padding_of(p)?, collect::scratch_of(p)?);
-    let mut live = collect::open_undone_by(p, &p.threads[0], &memory, padding, scratch, close)?;
-    let path = live.scratch()?;
-    let mut text = device::PATH.as_bytes().to_vec();
-    text.push(0);
-    memory.write(path, &text).map_err(DumpError::process(p.pid, "writing its scratch page"))?;
-    let flags = (libc::O_RDWR | libc::O_CLOEXEC) as u64;
-    let opened = live.raw(libc::SYS_openat, [libc::AT_FDCWD as u64, path, flags, 0, 0, 0])?;
-    let mut session = Err(format!("opening {} in it: {}", device::PATH, Errno::from_raw(-opened as i32)));
-    if opened == i64::from(free) {
-        let (nr, args) = device::attach_call(free);
-        session = match live.raw(nr, args)? {
-            0 => take_out(p, free).map_err(|e| format!("taking its session out: {e}")),
-            n => Err(refused(Errno::from_raw(-n as i32))),
-        };
-    } else if opened >= 0 {
-        live.raw(libc::SYS_close, [opened as u64, 0, 0, 0, 0, 0])?;
-        session = Err("its descriptors are not what /proc shows".into());
-    }
-    if opened != i64::from(free) {
-        live.nothing_to_undo();
-    }
-    live.close(&memory)?;
-    Ok(session)
+    let made = collect::make_descriptor(p, beside, &device::session_of(p.pid))?;
+    let foreign = |e| format!("{} in it is not the module's ({e})", device::PATH);
+    Ok(made
+        .map_err(|why| format!("attaching it to {}: {why}", device::PATH))
+        .and_then(|fd| Session::new(fd).map_err(foreign)))
 }
 
-fn take_out(p: &Process, fd: i32) -> Result<Session, Errno> {
-    let pidfd = pidfd_open(p.host)?;
-    pidfd_getfd(pidfd.as_fd(), fd).map(Session::new)
+/// Which pages are those of the parent.
+#[cfg(not(feature = "test-hooks"))]
+fn same_kinds() -> u32 {
+    KIND_SAME
+}
+
+/// Tests may have writes ignored: their guests must then find wrong memory.
+#[cfg(feature = "test-hooks")]
+fn same_kinds() -> u32 {
+    if std::env::var_os("CKPT_TEST_IGNORE_WRITES").is_some() { KIND_SAME | KIND_DATA } else { KIND_SAME }
 }
 
 impl Kept {
@@ -182,12 +298,17 @@ impl Kept {
         Ok(())
     }
 
-    /// Divides a range, in order, into what the module keeps (true) and what must be copied from the process while it
-    /// stands still.
+    /// Divides a range of a source, in order, into what the module keeps (true) and what must be copied from the process while it
+    /// stands still. `same` gets what is as in the parent, and need be neither.
     ///
     /// # Errors
     /// If the module can't be asked.
-    pub fn divide(&self, range: &Range) -> Result<Vec<(bool, Range)>, DumpError> {
+    pub fn divide(
+        &self,
+        kind: Kind,
+        range: &Range,
+        same: &mut Vec<Same>,
+    ) -> Result<Vec<(bool, Range)>, DumpError> {
         if range.pages == Pages::All {
             return Ok(vec![(false, *range)]);
         }
@@ -197,13 +318,20 @@ impl Kept {
             offset: range.offset + (start - range.addr),
             ..*range
         };
+        let parent_object = self.parent_object.filter(|_| kind == Kind::MemoryMap);
         let (mut out, mut at) = (Vec::new(), range.addr);
         let end = range.addr + range.bytes;
-        self.runs(range.addr, end, KIND_COPY | KIND_FOREIGN, &mut |va, bytes, _| {
+        let kinds = KIND_COPY | KIND_FOREIGN | same_kinds();
+        self.runs(range.addr, end, kinds, &mut |va, bytes, kind| {
             if va > at {
                 out.push((true, part(at, va)));
             }
-            out.push((false, part(va, va + bytes)));
+            match parent_object.filter(|_| kind & same_kinds() != 0) {
+                Some(parent_object) => {
+                    same.push(Same { offset: part(va, va).offset, bytes, parent_object });
+                }
+                None => out.push((kind == KIND_DATA, part(va, va + bytes))),
+            }
             at = va + bytes;
             Ok(())
         })?;

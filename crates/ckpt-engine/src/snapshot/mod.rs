@@ -138,6 +138,23 @@ pub trait Prepared {
         frozen: &mut FrozenJob,
         collected: &Collected,
     ) -> Result<Box<dyn Snapshot>, DumpError>;
+    /// Whether it knows by itself what has been written since an earlier snapshot: [`Prepared::snapshot_changes`].
+    fn tracks_writes(&self) -> bool {
+        false
+    }
+    /// As [`Prepared::snapshot`], without what is known to be as it was; `changes` gets to know what that is, and what to start from the
+    /// next time.
+    ///
+    /// # Errors
+    /// As [`Prepared::snapshot`].
+    fn snapshot_changes(
+        self: Box<Self>,
+        frozen: &mut FrozenJob,
+        collected: &Collected,
+        _changes: &mut kmod::Changes,
+    ) -> Result<Box<dyn Snapshot>, DumpError> {
+        self.snapshot(frozen, collected)
+    }
 }
 
 /// A snapshot that outlives the freeze. Dropping it frees what it holds.

@@ -1,20 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Attach: one short stop, in which processes that are not watched yet get a userfaultfd, or their soft-dirty bits cleared.
 //!
-//! Only a process itself can make a userfaultfd for its memory. An injected call does; the dumper takes a copy and the injection's last
-//! call, which also a task without its tracer makes, closes the number. All threads are stopped, so that none of them sees it.
+//! A userfaultfd is for the memory of the task that makes it. A helper does, which shares the process's memory and has descriptors of its
+//! own; the dumper takes it out before the helper exits.
 
 use super::watch::Watch;
-use crate::dump::collect::{open_undone_by, padding_of, scratch_of};
-use crate::dump::freeze;
 use crate::dump::phases::Phases;
+use crate::dump::{collect, freeze};
 use crate::error::DumpError;
 use crate::model::Job;
 use crate::model::process::{Process, ProcessId};
 use crate::resource::process::is_filtered;
-use ckpt_sys::memory::Forced;
-use ckpt_sys::{Errno, libc, task, userfaultfd};
-use std::os::fd::AsFd;
+use ckpt_sys::{task, userfault};
 
 /// A process, and how it is watched or why not.
 pub type Attached = (ProcessId, Result<Watch, String>);
@@ -24,9 +21,11 @@ pub type Attached = (ProcessId, Result<Watch, String>);
 /// # Errors
 /// If the job could not be stopped; it runs on.
 pub fn attach(job: &Job, which: &[ProcessId]) -> Result<Vec<Attached>, DumpError> {
-    let protection = userfaultfd::probe().map_err(|e| format!("no asynchronous write protection ({e})"));
+    let protection =
+        userfault::probe_tracking().map_err(|e| format!("no asynchronous write protection ({e})"));
     let frozen = freeze::freeze(job, true, &mut Phases::default())?;
     let mut out = Vec::new();
+    let mut beside = task::Beside::default();
     for p in frozen.job.live().filter(|p| which.contains(&ProcessId::of(p))) {
         ckpt_sys::hook::point();
         let watch = if p.closed || frozen.opened.has(p.pid) {
@@ -35,7 +34,9 @@ pub fn attach(job: &Job, which: &[ProcessId]) -> Result<Vec<Attached>, DumpError
             Err("it runs under a seccomp filter".to_owned())
         } else {
             match &protection {
-                Ok(()) => protect(p).or_else(|why| soft_dirty(p).map_err(|e| format!("{why}; {e}"))),
+                Ok(()) => {
+                    protect(p, &mut beside)?.or_else(|why| soft_dirty(p).map_err(|e| format!("{why}; {e}")))
+                }
                 Err(why) => soft_dirty(p).map_err(|e| format!("{why}; {e}")),
             }
         };
@@ -47,44 +48,10 @@ pub fn attach(job: &Job, which: &[ProcessId]) -> Result<Vec<Attached>, DumpError
     Ok(out)
 }
 
-fn protect(p: &Process) -> Result<Watch, String> {
-    let words = |e: &dyn std::fmt::Display| format!("no userfaultfd could be made in it ({e})");
-    let thread = p.threads.first().ok_or_else(|| words(&"its main thread is gone"))?;
-    let memory = Forced::open(p.host).map_err(|e| words(&e))?;
-    let padding = padding_of(p).map_err(|e| words(&e))?;
-    let scratch = scratch_of(p).map_err(|e| words(&e))?;
-    // The number that the kernel will choose, for nobody else can take it now.
-    let number = p.free_descriptor();
-    let close = (libc::SYS_close, [number as u64, 0, 0, 0, 0, 0]);
-    let mut beside = task::Beside::default();
-    beside.on(task::last_cpu(p.host, thread.host));
-    let mut live = open_undone_by(p, thread, &memory, padding, scratch, close).map_err(|e| words(&e))?;
-    ckpt_sys::hook::point();
-    let made = live.raw(libc::SYS_userfaultfd, [userfaultfd::FLAGS, 0, 0, 0, 0, 0]).map_err(|e| words(&e))?;
-    ckpt_sys::hook::point();
-    let taken = match made {
-        n if n == i64::from(number) => {
-            task::pidfd_open(p.host).and_then(|pidfd| task::pidfd_getfd(pidfd.as_fd(), number))
-        }
-        n if n >= 0 => {
-            // Not the number it should be: that one is made the one that is closed.
-            let move_to = [n as u64, number as u64, libc::O_CLOEXEC as u64, 0, 0, 0];
-            live.raw(libc::SYS_dup3, move_to).map_err(|e| words(&e))?;
-            live.raw(libc::SYS_close, [n as u64, 0, 0, 0, 0, 0]).map_err(|e| words(&e))?;
-            Err(Errno::EAGAIN)
-        }
-        n => {
-            // The last call must have something to close.
-            let event = live.raw(libc::SYS_eventfd2, [0, libc::O_CLOEXEC as u64, 0, 0, 0, 0]);
-            let _ = event.map_err(|e| words(&e))?;
-            Err(Errno::from_raw(-n as i32))
-        }
-    };
-    ckpt_sys::hook::point();
-    let closed = live.close(&memory);
-    let fd = taken.map_err(|e| words(&e))?;
-    closed.map_err(|e| words(&e))?;
-    Watch::protection(fd).map_err(|e| words(&e))
+fn protect(p: &Process, beside: &mut task::Beside) -> Result<Result<Watch, String>, DumpError> {
+    let words = |why: &dyn std::fmt::Display| format!("no userfaultfd could be made in it ({why})");
+    let made = collect::make_descriptor(p, beside, &userfault::tracking_of_memory())?;
+    Ok(made.map_err(|why| words(&why)).and_then(|fd| Watch::protection(fd).map_err(|e| words(&e))))
 }
 
 /// Clears the bits of a frozen process and marks the canary.

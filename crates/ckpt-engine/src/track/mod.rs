@@ -10,6 +10,8 @@
 //!    are few; if they are many the snapshot engine keeps them. Mappings that are not watched are saved whole, and watched from now on.
 //! 3. After the image has been published, the [`Tracking`] is left with the job's init until the next dump. A dumper that dies
 //!    closes its descriptors: the kernel then ends all watching, and the next dump is a full one.
+//!
+//! Where the engine tracks by itself (the kernel module), it replaces the first two steps: [`Prepared::snapshot_changes`].
 
 pub mod attach;
 pub mod watch;
@@ -24,9 +26,12 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::process::ProcessId;
 use crate::resource::Collected;
+use crate::snapshot::kmod::{Changes, Tracked};
 use crate::snapshot::{From, Prepared, Snapshot};
 use ckpt_image::Parent;
+use ckpt_sys::device::Session;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use watch::Watch;
 
@@ -34,8 +39,11 @@ use watch::Watch;
 const NOTHING_KNOWN: &str = "nothing is known of earlier writes: it is the first incremental dump since the job was started or restored, or \
                              one was killed";
 
+/// Why one is full after another engine's.
+const OTHER_ENGINE: &str = "the engine of the last incremental dump watched writes in another way";
+
 /// Version of the note that is left with init.
-const NOTE_VERSION: u32 = 1;
+const NOTE_VERSION: u32 = 2;
 
 /// One watched process.
 #[derive(Debug)]
@@ -69,6 +77,8 @@ struct ProcessNote {
     object: Option<u64>,
     /// [`Watch::canary`] of one that needs no descriptor.
     canary: Option<u64>,
+    /// [`Watch::generation`] of one whose descriptor is a session of the kernel module.
+    generation: Option<u64>,
 }
 
 impl Tracking {
@@ -89,7 +99,10 @@ impl Tracking {
             let watch = match (p.canary, &mut descriptors) {
                 (Some(canary), _) => Watch::soft_dirty_since(canary),
                 (None, all) => match all.next() {
-                    Some(fd) => Watch::adopt(fd),
+                    Some(fd) => match p.generation {
+                        Some(generation) => Watch::by_module(Session::adopt(fd), generation),
+                        None => Watch::adopt(fd),
+                    },
                     None => break,
                 },
             };
@@ -103,8 +116,8 @@ impl Tracking {
     pub fn into_kept(self, published: Parent) -> (Vec<u8>, Vec<OwnedFd>) {
         let (mut processes, mut descriptors) = (Vec::new(), Vec::new());
         for p in self.processes {
-            let canary = p.watch.canary();
-            processes.push(ProcessNote { id: p.id, object: p.object, canary });
+            let (canary, generation) = (p.watch.canary(), p.watch.generation());
+            processes.push(ProcessNote { id: p.id, object: p.object, canary, generation });
             descriptors.extend(p.watch.into_fd());
         }
         let Parent { id, number } = published;
@@ -118,9 +131,9 @@ impl Tracking {
         self.parent
     }
 
-    /// The processes that ckpt watches.
+    /// The processes whose mappings show that ckpt watches them.
     pub fn watched(&self) -> impl Iterator<Item = ProcessId> {
-        self.processes.iter().map(|p| p.id)
+        self.processes.iter().filter(|p| p.watch.marks_mappings()).map(|p| p.id)
     }
 }
 
@@ -146,6 +159,8 @@ pub struct Outcome {
     pub dirty_pages: u64,
     /// Pages that are as in the parent.
     pub same_pages: u64,
+    /// What told which pages were written until the next dump: "kmod", "userfaultfd", "soft-dirty".
+    pub sources: BTreeSet<&'static str>,
     /// Processes that are not watched, and why.
     pub notes: Vec<String>,
 }
@@ -157,6 +172,8 @@ pub struct Tracker {
     parent: Option<Parent>,
     full_because: Option<String>,
     notes: Vec<String>,
+    /// The engine tells what has been written.
+    by_engine: bool,
     /// Room for the pages that were written, already touched.
     room: Vec<u8>,
     pages: delta::Pages,
@@ -166,13 +183,21 @@ pub struct Tracker {
 
 impl Tracker {
     /// Watches all private memory of the running job, and protects what was not watched before. The job gets to know
-    /// which processes are watched now.
+    /// which processes are watched now. `by_engine`: the engine will do that by itself, and only what it knows is of use.
     ///
     /// # Errors
     /// What stopping a process gives; the job runs on.
-    pub fn begin(job: &mut Job, start: Incremental) -> Result<Tracker, DumpError> {
-        let Incremental { mut tracking, full_because } = start;
+    pub fn begin(job: &mut Job, start: Incremental, by_engine: bool) -> Result<Tracker, DumpError> {
+        let Incremental { mut tracking, mut full_because } = start;
         let mut notes = Vec::new();
+        let others = tracking.processes.extract_if(.., |w| w.watch.generation().is_some() != by_engine);
+        let others: Vec<ProcessId> = others.map(|w| w.id).collect();
+        if tracking.processes.is_empty() && !others.is_empty() {
+            full_because = full_because.or_else(|| Some(OTHER_ENGINE.to_owned()));
+        } else {
+            notes
+                .extend(others.iter().map(|id| format!("pid {}: {OTHER_ENGINE}; it is saved whole", id.pid)));
+        }
         tracking.processes.retain(|w| match job.live().find(|p| ProcessId::of(p) == w.id) {
             Some(p) if w.watch.is_doubtful(p.host) => {
                 notes.push(format!(
@@ -195,6 +220,7 @@ impl Tracker {
             parent,
             full_because,
             notes,
+            by_engine,
             room: Vec::new(),
             pages: delta::Pages::default(),
             same: Vec::new(),
@@ -202,6 +228,10 @@ impl Tracker {
         if t.parent.is_none() {
             // Unwritten pages are those of the coming checkpoint just as well.
             t.tracking.processes.iter_mut().for_each(|w| w.object = None);
+        }
+        if by_engine {
+            job.info.tracked = Vec::new();
+            return Ok(t);
         }
         let missing: Vec<ProcessId> = job.live().map(ProcessId::of).filter(|id| !t.is_watched(*id)).collect();
         if !missing.is_empty() {
@@ -260,7 +290,9 @@ impl Tracker {
         frozen: &mut FrozenJob,
         collected: &mut Collected,
     ) -> Result<Box<dyn Snapshot>, DumpError> {
-        let snapshot = if self.parent.is_none() {
+        let snapshot = if self.by_engine {
+            self.snapshot_by_engine(engine, frozen, collected)?
+        } else if self.parent.is_none() {
             engine.snapshot(frozen, collected)?
         } else {
             delta::snapshot(self, engine, frozen, collected)?
@@ -275,6 +307,31 @@ impl Tracker {
         Ok(snapshot)
     }
 
+    fn snapshot_by_engine(
+        &mut self,
+        engine: Box<dyn Prepared>,
+        frozen: &mut FrozenJob,
+        collected: &Collected,
+    ) -> Result<Box<dyn Snapshot>, DumpError> {
+        let known = self.tracking.processes.drain(..).filter_map(|w| {
+            let (session, generation) = w.watch.into_session()?;
+            Some(Tracked { id: w.id, session, generation, parent_object: w.object })
+        });
+        let mut changes = Changes { processes: known.collect(), ..Changes::default() };
+        let snapshot = engine.snapshot_changes(frozen, collected, &mut changes)?;
+        let Changes { processes, same, dirty_bytes, notes } = changes;
+        self.tracking.processes.extend(processes.into_iter().map(|t| Watched {
+            id: t.id,
+            watch: Watch::by_module(t.session, t.generation),
+            object: None,
+        }));
+        let same_bytes = same.iter().flatten().map(|s| s.bytes).sum();
+        self.pages = delta::Pages { dirty_bytes, same_bytes };
+        self.same = same;
+        self.notes.extend(notes);
+        Ok(snapshot)
+    }
+
     /// By source: pages that are those of the parent.
     pub fn same(&self) -> &[Vec<Same>] {
         &self.same
@@ -284,6 +341,7 @@ impl Tracker {
     pub fn finish(self) -> Outcome {
         let delta::Pages { dirty_bytes, same_bytes } = self.pages;
         Outcome {
+            sources: self.tracking.processes.iter().map(|w| w.watch.source()).collect(),
             tracking: Tracking { parent: None, processes: self.tracking.processes },
             parent: self.parent,
             full_because: self.full_because,

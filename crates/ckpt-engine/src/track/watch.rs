@@ -7,11 +7,16 @@
 //! *Soft-dirty* (CONFIG_MEM_SOFT_DIRTY, any kernel): one bit a page, cleared for the whole process at once, by anyone who may. The zero page
 //! does not have it, nor what is merely mapped from a file: only pages that are this process's alone count as unwritten. Whether somebody
 //! else has cleared it is seen by a *canary*: a page that ckpt makes dirty after clearing, and that nobody else writes to.
+//!
+//! *The kernel module* (with the engine of that name): the same bits, but read and cleared in the one walk that takes the snapshot, under a
+//! lock that nobody else's clearing gets past unseen. The engine asks it ([`crate::snapshot::kmod`]); between dumps there is only a session
+//! to be kept.
 
 use crate::model::memory::Vma;
 use crate::model::process::Process;
+use ckpt_sys::device::Session;
 use ckpt_sys::pagemap::{self, FILE, PRESENT, SWAPPED, WRITTEN, ZERO};
-use ckpt_sys::userfaultfd::WriteTracking;
+use ckpt_sys::userfault::WriteTracking;
 use ckpt_sys::{Errno, Pid};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -24,6 +29,7 @@ pub struct Watch(Way);
 enum Way {
     Protection(WriteTracking),
     SoftDirty { canary: u64 },
+    Module { session: Session, generation: u64 },
 }
 
 /// A stretch of private pages that exist.
@@ -63,6 +69,41 @@ impl Watch {
         Watch(Way::Protection(WriteTracking::adopt(fd)))
     }
 
+    /// The module began this generation of a session when the last checkpoint's snapshot was taken.
+    pub(super) fn by_module(session: Session, generation: u64) -> Watch {
+        Watch(Way::Module { session, generation })
+    }
+
+    /// What [`Watch::by_module`] was given.
+    pub(super) fn into_session(self) -> Option<(Session, u64)> {
+        match self.0 {
+            Way::Module { session, generation } => Some((session, generation)),
+            Way::Protection(_) | Way::SoftDirty { .. } => None,
+        }
+    }
+
+    /// [`Watch::by_module`]: which generation.
+    pub(super) fn generation(&self) -> Option<u64> {
+        match self.0 {
+            Way::Module { generation, .. } => Some(generation),
+            Way::Protection(_) | Way::SoftDirty { .. } => None,
+        }
+    }
+
+    /// The source of knowledge, as reports name it.
+    pub(super) fn source(&self) -> &'static str {
+        match self.0 {
+            Way::Protection(_) => "userfaultfd",
+            Way::SoftDirty { .. } => "soft-dirty",
+            Way::Module { .. } => "kmod",
+        }
+    }
+
+    /// Whether the mappings show that they are watched (`uw` among their flags).
+    pub(super) fn marks_mappings(&self) -> bool {
+        matches!(self.0, Way::Protection(_))
+    }
+
     /// Soft-dirty bits were cleared, and then this page made dirty.
     pub fn soft_dirty_since(canary: u64) -> Watch {
         Watch(Way::SoftDirty { canary })
@@ -71,7 +112,7 @@ impl Watch {
     /// The page that tells whether somebody else has cleared the bits.
     pub(super) fn canary(&self) -> Option<u64> {
         match self.0 {
-            Way::Protection(_) => None,
+            Way::Protection(_) | Way::Module { .. } => None,
             Way::SoftDirty { canary } => Some(canary),
         }
     }
@@ -79,6 +120,7 @@ impl Watch {
     pub(super) fn into_fd(self) -> Option<OwnedFd> {
         match self.0 {
             Way::Protection(t) => Some(t.into_fd()),
+            Way::Module { session, .. } => Some(session.into_fd()),
             Way::SoftDirty { .. } => None,
         }
     }
@@ -134,6 +176,7 @@ impl Watch {
     ) -> Result<Option<Vec<Stretch>>, Errno> {
         let mut out = Vec::new();
         match &self.0 {
+            Way::Module { .. } => Ok(None),
             Way::Protection(_) => {
                 let mut add = |r: pagemap::Region| {
                     if r.is(FILE | ZERO) {

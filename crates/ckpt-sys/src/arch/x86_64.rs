@@ -369,7 +369,63 @@ global_asm!(
     ".popsection",
 );
 
+// Makes a descriptor in the memory of a live process and in a table of its own, so that the process never has it: clones a helper,
+// which leaves the table that it shares for an empty one, makes two calls, the second with the result of the first for its first
+// argument, and exits with the errno of what has failed. The task waits for the helper and goes on in its self-finishing block. The
+// tracer takes the descriptor out before the helper exits; without a tracer it is closed at the exit. Nothing here uses a stack.
+global_asm!(
+    ".pushsection .rodata.ckpt_helper, \"a\", @progbits",
+    ".globl ckpt_helper_start",
+    ".globl ckpt_helper_data",
+    ".globl ckpt_helper_end",
+    ".balign 8",
+    "ckpt_helper_start:",
+    "syscall",
+    "test rax, rax",
+    "js 3f",
+    "jz 4f",
+    "mov rdi, rax",
+    "xor esi, esi",
+    "mov edx, 0x40000000",
+    "xor r10d, r10d",
+    "mov eax, 61",
+    "syscall",
+    "3: jmp qword ptr [rip + ckpt_helper_data]",
+    "4: xor edi, edi",
+    "mov esi, 0xffffffff",
+    "mov edx, 2",
+    "mov eax, 436",
+    "syscall",
+    "test rax, rax",
+    "js 5f",
+    "mov rax, [rip + ckpt_helper_data + 8]",
+    "mov rdi, [rip + ckpt_helper_data + 16]",
+    "mov rsi, [rip + ckpt_helper_data + 24]",
+    "mov rdx, [rip + ckpt_helper_data + 32]",
+    "syscall",
+    "test rax, rax",
+    "js 5f",
+    "mov edi, eax",
+    "mov rax, [rip + ckpt_helper_data + 40]",
+    "mov rsi, [rip + ckpt_helper_data + 48]",
+    "mov rdx, [rip + ckpt_helper_data + 56]",
+    "syscall",
+    "5: xor edi, edi",
+    "neg rax",
+    "cmovns edi, eax",
+    "mov eax, 60",
+    "syscall",
+    ".balign 8",
+    "ckpt_helper_data:",
+    ".fill 8, 8, 0",
+    "ckpt_helper_end:",
+    ".popsection",
+);
+
 unsafe extern "C" {
+    static ckpt_helper_start: u8;
+    static ckpt_helper_data: u8;
+    static ckpt_helper_end: u8;
     static ckpt_fork_start: u8;
     static ckpt_fork_data: u8;
     static ckpt_fork_end: u8;
@@ -395,7 +451,7 @@ pub fn blank_code() -> &'static [u8] {
 }
 
 /// The code that makes a frozen copy, for a task whose self-finishing block is at `block`; its first instruction is a
-/// `syscall`, which must be [`FORK_CALL`].
+/// `syscall`, which must be [`HELPER_CALL`].
 pub fn fork_code(block: u64) -> Vec<u8> {
     // SAFETY: the three symbols bound the one read-only section defined above, in this order.
     let (code, data) = unsafe {
@@ -409,9 +465,44 @@ pub fn fork_code(block: u64) -> Vec<u8> {
     code
 }
 
-/// The call that makes the helper of [`fork_code`]. It shares the descriptor table until it leaves it, so that none is
+/// A descriptor to be made by a helper: number and arguments of the call that makes it and of one with it, whose first argument it is.
+#[derive(Debug, Clone)]
+pub struct Making {
+    /// A path, which stands for the argument of `open` that is `None`, if any; without the zero byte at its end.
+    pub path: Vec<u8>,
+    /// The first call.
+    pub open: (i64, [Option<u64>; 3]),
+    /// The second, without its first argument.
+    pub with: (i64, [u64; 2]),
+}
+
+/// The code of a helper that makes a descriptor, for a task whose self-finishing block is at `block`, to be written at `at`; its first
+/// instruction is a `syscall`, which must be [`HELPER_CALL`].
+pub fn helper_code(block: u64, at: u64, making: &Making) -> Vec<u8> {
+    // SAFETY: the three symbols bound the one read-only section defined above, in this order.
+    let (code, data) = unsafe {
+        let start = &raw const ckpt_helper_start;
+        let end = &raw const ckpt_helper_end;
+        let data = &raw const ckpt_helper_data;
+        (std::slice::from_raw_parts(start, end.offset_from(start) as usize), data.offset_from(start) as usize)
+    };
+    let mut code = code.to_vec();
+    let path = at + code.len() as u64;
+    let (open, [a, b, c]) = &making.open;
+    let [a, b, c] = [a, b, c].map(|word| word.unwrap_or(path));
+    let (with, [d, e]) = making.with;
+    let words = [block + live_offsets().1, *open as u64, a, b, c, with as u64, d, e];
+    for (i, word) in words.into_iter().enumerate() {
+        code[data + i * 8..data + i * 8 + 8].copy_from_slice(&word.to_le_bytes());
+    }
+    code.extend_from_slice(&making.path);
+    code.push(0);
+    code
+}
+
+/// The call that makes the helper of [`fork_code`] and [`helper_code`]. It shares the descriptor table until it leaves it, so that none is
 /// copied.
-pub const FORK_CALL: (i64, [u64; 6]) =
+pub const HELPER_CALL: (i64, [u64; 6]) =
     (libc::SYS_clone, [(libc::CLONE_VM | libc::CLONE_FILES) as u64, 0, 0, 0, 0, 0]);
 
 /// What the self-finishing block puts back.
