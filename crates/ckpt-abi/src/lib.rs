@@ -7,3 +7,4 @@
 pub mod init_protocol;
 pub mod interceptor;
 pub mod kmod;
+pub mod recorded;

@@ -119,6 +119,7 @@ pub struct Condition {
 pub const CONDITIONS: &[Condition] = &[
     Condition { name: "vfork", pending: lends_memory },
     Condition { name: "rights", pending: descriptors_on_their_way },
+    Condition { name: "aio", pending: crate::resource::aio::pending },
 ];
 
 /// The parent of a vfork(2), which posix_spawn(3) and system(3) make, too, sleeps uninterruptibly until the child has called
@@ -164,7 +165,7 @@ fn descriptors_on_their_way(member: &Member<'_>) -> Vec<Pending> {
 }
 
 /// The last of the ids in a task's status: that which it has for itself. 0 if it is gone.
-fn inner(task: Pid) -> i32 {
+pub(crate) fn inner(task: Pid) -> i32 {
     let text = read_proc(format!("/proc/{task}/status")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let ids = text.lines().find_map(|l| l.strip_prefix("NSpid:"));

@@ -33,6 +33,8 @@ pub struct Plan {
     pub free_numbers: BTreeMap<i32, i32>,
     /// Files to cut back to the length they had: path, then and now.
     pub cuts: Vec<(Vec<u8>, FileStat, FileStat)>,
+    /// What the job's inotify instances watch, as it is before anything is built.
+    pub watched: BTreeMap<u64, crate::resource::fd::inotify::Look>,
     /// Files to be put back from the content in the image.
     pub rollbacks: super::rollback::Changes,
 }
@@ -138,7 +140,9 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
         m.check(r.owner)?;
         for v in &m.vmas {
             taken.push((v.start, v.end, v.flags & libc::MAP_GROWSDOWN != 0));
-            if let Backing::Kernel { name } = &v.backing {
+            if let Backing::Kernel { name } = &v.backing
+                && name != crate::resource::aio::RING_NAME
+            {
                 let size = v.end - v.start;
                 if !own.iter().any(|o| o.name == *name && o.bytes() == size) {
                     let text = format!(
@@ -177,6 +181,7 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
             });
         }
     }
+    plan.watched = crate::resource::fd::inotify::look(image, &mut conflicts)?;
     conflicts.extend(super::ports::conflicts(image, &[])?);
     if image.job.uid != nix::unistd::geteuid().as_raw() && !nix::unistd::geteuid().is_root() {
         conflicts.push(Conflict {
