@@ -8,7 +8,7 @@ use crate::model::memory::{self, pagemap};
 use ckpt_sys::memory::{Forced, PAGE};
 use ckpt_sys::pagemap::{FILE, PRESENT, Region, SWAPPED, ZERO, scan};
 use ckpt_sys::{Errno, Pid};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 
 /// Address space that is looked at in one go where each page must be: 1 MiB of pagemap.
@@ -22,8 +22,8 @@ pub struct Reader {
     pid: i32,
     memory: Forced,
     pagemap: File,
-    /// Where there is no PAGEMAP_SCAN: starts of the mappings that have private pages.
-    inhabited: Option<BTreeSet<u64>>,
+    /// Where there is no PAGEMAP_SCAN: the mappings that have private pages, end by start.
+    inhabited: Option<BTreeMap<u64, u64>>,
 }
 
 impl Reader {
@@ -40,7 +40,7 @@ impl Reader {
                 let vmas = memory::read_smaps(host.as_raw());
                 let vmas = vmas.map_err(DumpError::process(pid, "reading smaps"))?;
                 let private = vmas.iter().filter(|v| v.anonymous_bytes + v.swap_bytes > 0);
-                Some(private.map(|v| v.start).collect())
+                Some(private.map(|v| (v.start, v.end)).collect())
             }
             _ => None,
         };
@@ -72,7 +72,10 @@ impl Reader {
     /// If a page can't be read, and those of the sink.
     pub fn read_range(&self, r: &Range, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         let end = r.addr + r.bytes;
-        if r.pages == Pages::Private && self.inhabited.as_ref().is_some_and(|i| !i.contains(&r.addr)) {
+        // A range may be a part of its mapping.
+        let lies_in =
+            |i: &BTreeMap<u64, u64>| i.range(..=r.addr).next_back().is_some_and(|(_, end)| r.addr < *end);
+        if r.pages == Pages::Private && self.inhabited.as_ref().is_some_and(|i| !lies_in(i)) {
             return Ok(());
         }
         let mut at = r.addr;
