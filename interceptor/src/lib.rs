@@ -29,6 +29,7 @@
 mod environment;
 mod exec;
 mod gate;
+mod hooks;
 mod message;
 mod real;
 

@@ -32,6 +32,13 @@ pub type Spawn = unsafe extern "C" fn(
     *const *const c_char,
 ) -> c_int;
 
+/// `pthread_create(3)`.
+pub type PthreadCreate = unsafe extern "C" fn(
+    *mut libc::pthread_t,
+    *const libc::pthread_attr_t,
+    extern "C" fn(*mut c_void) -> *mut c_void,
+    *mut c_void,
+) -> c_int;
 /// `vfork(2)`.
 pub type Vfork = unsafe extern "C" fn() -> libc::pid_t;
 /// `sendmsg(2)`.
@@ -69,8 +76,19 @@ static POSIX_SPAWNP: Next = Next::new(c"posix_spawnp");
 static VFORK: Next = Next::new(c"vfork");
 static SENDMSG: Next = Next::new(c"sendmsg");
 static SENDMMSG: Next = Next::new(c"sendmmsg");
-static ALL: [&Next; 9] =
-    [&EXECVE, &EXECVPE, &EXECVEAT, &FEXECVE, &POSIX_SPAWN, &POSIX_SPAWNP, &VFORK, &SENDMSG, &SENDMMSG];
+static PTHREAD_CREATE: Next = Next::new(c"pthread_create");
+static ALL: [&Next; 10] = [
+    &EXECVE,
+    &EXECVPE,
+    &EXECVEAT,
+    &FEXECVE,
+    &POSIX_SPAWN,
+    &POSIX_SPAWNP,
+    &VFORK,
+    &SENDMSG,
+    &SENDMMSG,
+    &PTHREAD_CREATE,
+];
 
 static RESOLVED: AtomicBool = AtomicBool::new(false);
 /// The path we were loaded from, null while unknown; owned by the dynamic loader, which never unloads a
@@ -113,6 +131,10 @@ next_function!(
     posix_spawnp, POSIX_SPAWNP, Spawn
 );
 
+next_function!(
+    /// `pthread_create`, which is not interposed; before libc 2.34 only programs with threads have it.
+    pthread_create, PTHREAD_CREATE, PthreadCreate
+);
 next_function!(
     /// The next `vfork`.
     vfork, VFORK, Vfork
