@@ -14,6 +14,7 @@ mod eventfd;
 mod external;
 mod files;
 mod flush;
+mod hooks;
 mod image_damage;
 mod incremental;
 mod interrupted;
