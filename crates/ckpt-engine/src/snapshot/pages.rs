@@ -116,3 +116,28 @@ fn join(out: &mut Vec<(u64, u64)>, addr: u64, bytes: u64) {
         _ => out.push((addr, bytes)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_mapping_is_read_without_pagemap_scan() {
+        let memory = vec![7u8; 4 * PAGE as usize];
+        let addr = (memory.as_ptr() as u64).next_multiple_of(PAGE) + PAGE;
+        let mut reader = Reader::open(Pid::this(), 1).unwrap();
+        reader.inhabited = Some(BTreeMap::from([(addr - PAGE, addr + PAGE)]));
+        let range = |addr| Range { addr, bytes: PAGE, offset: 0, pages: Pages::Private, lost_in_fork: None };
+        let read = |addr| {
+            let mut bytes = 0;
+            let count = &mut |piece: Piece<'_>| {
+                bytes += if let Piece::Unread(_, n, _) = piece { n } else { 0 };
+                Ok(())
+            };
+            reader.read_range(&range(addr), PAGE as usize, count).unwrap();
+            bytes
+        };
+        assert_eq!(read(addr), PAGE as usize);
+        assert_eq!(read(addr + PAGE), 0, "in no mapping with private pages");
+    }
+}
