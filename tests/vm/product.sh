@@ -8,8 +8,6 @@ export CKPT_BIN=/product/ckpt CKPT_TEST_GUESTS=/product/guests CKPT_TEST_GROUPS=
 chgrp 900 /dev/ckpt && chmod 0660 /dev/ckpt
 # As `ulimit -l` of whoever may use the module has to be.
 ulimit -l unlimited
-# A guest with wrong memory, as one test wants it to be, may well end by a signal, which is no bug of the kernel's.
-echo 0 >/proc/sys/debug/exception-trace
 tests=
 for word in "$@"; do
     case "$word" in

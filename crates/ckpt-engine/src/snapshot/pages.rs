@@ -8,7 +8,7 @@ use crate::model::memory::{self, pagemap};
 use ckpt_sys::memory::{Forced, PAGE};
 use ckpt_sys::pagemap::{FILE, PRESENT, Region, SWAPPED, ZERO, scan};
 use ckpt_sys::{Errno, Pid};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 
 /// Address space that is looked at in one go where each page must be: 1 MiB of pagemap.
@@ -22,8 +22,8 @@ pub struct Reader {
     pid: i32,
     memory: Forced,
     pagemap: File,
-    /// Where there is no PAGEMAP_SCAN: starts of the mappings that have private pages.
-    inhabited: Option<BTreeSet<u64>>,
+    /// Where there is no PAGEMAP_SCAN: the mappings that have private pages, end by start.
+    inhabited: Option<BTreeMap<u64, u64>>,
 }
 
 impl Reader {
@@ -40,7 +40,7 @@ impl Reader {
                 let vmas = memory::read_smaps(host.as_raw());
                 let vmas = vmas.map_err(DumpError::process(pid, "reading smaps"))?;
                 let private = vmas.iter().filter(|v| v.anonymous_bytes + v.swap_bytes > 0);
-                Some(private.map(|v| v.start).collect())
+                Some(private.map(|v| (v.start, v.end)).collect())
             }
             _ => None,
         };
@@ -72,7 +72,10 @@ impl Reader {
     /// If a page can't be read, and those of the sink.
     pub fn read_range(&self, r: &Range, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         let end = r.addr + r.bytes;
-        if r.pages == Pages::Private && self.inhabited.as_ref().is_some_and(|i| !i.contains(&r.addr)) {
+        // A range may be a part of its mapping.
+        let lies_in =
+            |i: &BTreeMap<u64, u64>| i.range(..=r.addr).next_back().is_some_and(|(_, end)| r.addr < *end);
+        if r.pages == Pages::Private && self.inhabited.as_ref().is_some_and(|i| !lies_in(i)) {
             return Ok(());
         }
         let mut at = r.addr;
@@ -111,5 +114,30 @@ fn join(out: &mut Vec<(u64, u64)>, addr: u64, bytes: u64) {
     match out.last_mut() {
         Some((at, all)) if *at + *all == addr => *all += bytes,
         _ => out.push((addr, bytes)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_mapping_is_read_without_pagemap_scan() {
+        let memory = vec![7u8; 4 * PAGE as usize];
+        let addr = (memory.as_ptr() as u64).next_multiple_of(PAGE) + PAGE;
+        let mut reader = Reader::open(Pid::this(), 1).unwrap();
+        reader.inhabited = Some(BTreeMap::from([(addr - PAGE, addr + PAGE)]));
+        let range = |addr| Range { addr, bytes: PAGE, offset: 0, pages: Pages::Private, lost_in_fork: None };
+        let read = |addr| {
+            let mut bytes = 0;
+            let count = &mut |piece: Piece<'_>| {
+                bytes += if let Piece::Unread(_, n, _) = piece { n } else { 0 };
+                Ok(())
+            };
+            reader.read_range(&range(addr), PAGE as usize, count).unwrap();
+            bytes
+        };
+        assert_eq!(read(addr), PAGE as usize);
+        assert_eq!(read(addr + PAGE), 0, "in no mapping with private pages");
     }
 }
