@@ -33,6 +33,7 @@ mod aio;
 mod environment;
 mod exec;
 mod gate;
+mod hooks;
 mod inotify;
 mod kernel;
 mod message;

@@ -34,6 +34,13 @@ pub type Spawn = unsafe extern "C" fn(
 
 /// `inotify_add_watch(2)`.
 pub type InotifyAddWatch = unsafe extern "C" fn(c_int, *const c_char, u32) -> c_int;
+/// `pthread_create(3)`.
+pub type PthreadCreate = unsafe extern "C" fn(
+    *mut libc::pthread_t,
+    *const libc::pthread_attr_t,
+    extern "C" fn(*mut c_void) -> *mut c_void,
+    *mut c_void,
+) -> c_int;
 /// `vfork(2)`.
 pub type Vfork = unsafe extern "C" fn() -> libc::pid_t;
 /// `sendmsg(2)`.
@@ -73,7 +80,8 @@ static VFORK: Next = Next::new(c"vfork");
 static SENDMSG: Next = Next::new(c"sendmsg");
 static SENDMMSG: Next = Next::new(c"sendmmsg");
 static SYSCALL: Next = Next::new(c"syscall");
-static ALL: [&Next; 11] = [
+static PTHREAD_CREATE: Next = Next::new(c"pthread_create");
+static ALL: [&Next; 12] = [
     &EXECVE,
     &EXECVPE,
     &EXECVEAT,
@@ -85,6 +93,7 @@ static ALL: [&Next; 11] = [
     &SENDMSG,
     &SENDMMSG,
     &SYSCALL,
+    &PTHREAD_CREATE,
 ];
 
 static RESOLVED: AtomicBool = AtomicBool::new(false);
@@ -132,6 +141,10 @@ next_function!(
     inotify_add_watch, INOTIFY_ADD_WATCH, InotifyAddWatch
 );
 
+next_function!(
+    /// `pthread_create`, which is not interposed; before libc 2.34 only programs with threads have it.
+    pthread_create, PTHREAD_CREATE, PthreadCreate
+);
 next_function!(
     /// The next `vfork`.
     vfork, VFORK, Vfork

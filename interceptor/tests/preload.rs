@@ -515,6 +515,12 @@ fn exported_symbols_and_what_it_needs() {
     defined.sort_unstable();
     let mut expected = vec![
         "ckpt_control",
+        "ckpt_interceptor_critical_begin",
+        "ckpt_interceptor_critical_end",
+        "ckpt_interceptor_dump_now",
+        "ckpt_interceptor_hooks_register",
+        "ckpt_interceptor_hooks_unregister",
+        "ckpt_interceptor_restored",
         "execl",
         "execle",
         "execlp",

@@ -5,7 +5,7 @@
 use std::fs;
 
 use ckpt_tests::{
-    Failure, Outcome,
+    Failure, Outcome, announce,
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
     job::{COMMAND_DEADLINE, Job},
     process::poll_until,
@@ -15,10 +15,13 @@ use ckpt_tests::{
 };
 
 /// `ckpt dump`, held between *discover* and *freeze* while the guest changes.
-fn dump_late(job: &Job<'_>, sandbox: &Sandbox, options: &[&str]) -> Outcome<()> {
+fn dump_late(job: &Job<'_>, sandbox: &Sandbox, options: &[&str], more: &[(&str, &str)]) -> Outcome<()> {
     let held = sandbox.work.join("held");
     let words = [&["dump", job.name.as_str()], options].concat();
-    let dump = job.start(&words, &[("CKPT_TEST_BEFORE_FREEZE", &held.to_string_lossy())])?;
+    let held_at = held.to_string_lossy();
+    let mut environment = vec![("CKPT_TEST_BEFORE_FREEZE", held_at.as_ref())];
+    environment.extend(more);
+    let dump = job.start(&words, &environment)?;
     poll_until(COMMAND_DEADLINE, || held.exists().then_some(())).ok_or_else(|| {
         Failure::new(
             "the dump does not stop before it freezes (ckpt was built without the feature test-hooks?)",
@@ -39,7 +42,7 @@ fn prove(label: &str, guest: &Guest, options: &[&str]) {
             if options.contains(&"--incremental") {
                 job.succeed(&["dump", &job.name, "--incremental"], &[])?;
             }
-            dump_late(job, sandbox, options)?;
+            dump_late(job, sandbox, options, &[])?;
             job.kill()?;
             job.restore(None, &[])?;
             let talk = Talk::with(sandbox);
@@ -72,4 +75,82 @@ fn memory_that_a_fork_would_lose_is_saved() {
 #[test]
 fn saved_incrementally() {
     prove("late-incremental", &Guest::new("late_changes").arg("wipe"), &["--incremental"]);
+}
+
+/// Flags of large mappings are read without a look at all of their pages, and yet are those of the moment; and the mappings stay in one
+/// piece. With CKPT_TEST_FLAGS_OF_PARTS the dump fails where it would have to look at all.
+#[test]
+fn flags_of_large_mappings_are_those_of_the_moment() {
+    const IN_PARTS: &[(&str, &str)] = &[("CKPT_TEST_FLAGS_OF_PARTS", "1")];
+    let guest = Guest::new("late_changes").arg("large");
+    each_user("late-flags", Users::Both, |sandbox| {
+        with_ready_job(&guest, sandbox, |job, nonce| {
+            let words = ["dump", job.name.as_str(), "--incremental"];
+            let about = |file: &str| {
+                let main = job.processes().get(1).map_or(0, |p| p.pid);
+                fs::read_to_string(format!("/proc/{main}/{file}"))
+                    .map_err(|error| Failure(format!("{file} of the guest: {error}")))
+            };
+            job.succeed(&words, &[])?;
+            if !about("smaps")?.contains(" uw ") {
+                announce("skipped: late-flags: nothing is watched by userfaultfd here");
+                return Ok(());
+            }
+            // What the first one made of the mappings stays.
+            let before = about("maps")?;
+            job.succeed(&words, IN_PARTS)?;
+            if about("maps")? != before {
+                return Err(Failure(format!("mappings were\n{before}and are\n{}", about("maps")?)));
+            }
+            dump_late(job, sandbox, &words[2..], IN_PARTS)?;
+            job.kill()?;
+            job.restore(None, &[])?;
+            let talk = Talk::with(sandbox);
+            talk.go()?;
+            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
+                Some(Verdict::Ok) => Ok(()),
+                other => Err(Failure(format!("the guest says: {other:?}"))),
+            }
+        })
+    });
+}
+
+/// Shared memory is copied before the freeze. What anybody writes to it after that must be in the checkpoint.
+fn prove_shared(label: &str, options: &[&str]) {
+    prove(label, &Guest::new("shared_late"), options);
+}
+
+#[test]
+fn shared_memory_is_that_of_the_moment_by_cow() {
+    prove_shared("late-shared-cow", &["--engine", "cow"]);
+}
+
+#[test]
+fn shared_memory_is_that_of_the_moment_by_copy() {
+    prove_shared("late-shared-copy", &["--engine", "copy"]);
+}
+
+#[test]
+fn shared_memory_is_that_of_the_moment_incrementally() {
+    prove_shared("late-shared-incremental", &["--incremental"]);
+}
+
+/// With CKPT_TEST_IGNORE_WRITES what differs passes for equal, which the guest must notice.
+#[test]
+fn a_guest_notices_a_comparison_that_is_ignored() {
+    each_user("late-shared-control", Users::Both, |sandbox| {
+        with_ready_job(&Guest::new("shared_late"), sandbox, |job, nonce| {
+            dump_late(job, sandbox, &[], &[("CKPT_TEST_IGNORE_WRITES", "1")])?;
+            job.kill()?;
+            job.restore(None, &[])?;
+            let talk = Talk::with(sandbox);
+            talk.go()?;
+            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
+                Some(Verdict::Ok) => {
+                    Err(Failure::new("the guest says OK although pages that had changed were not copied"))
+                }
+                _ => Ok(()),
+            }
+        })
+    });
 }

@@ -15,6 +15,7 @@ mod eventfd;
 mod external;
 mod files;
 mod flush;
+mod hooks;
 mod image_damage;
 mod incremental;
 mod inotify;

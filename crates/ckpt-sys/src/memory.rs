@@ -11,6 +11,22 @@ use std::os::unix::fs::FileExt;
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;
 
+/// Memory that this host can give without swapping, in bytes (MemAvailable, proc_meminfo(5)); all there could be where that is not told.
+pub fn available_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.split_whitespace().next());
+    kib.and_then(|n| n.parse::<u64>().ok()).map_or(u64::MAX, |n| n * 1024)
+}
+
+/// An empty file in memory, which nobody else sees.
+///
+/// # Errors
+/// As memfd_create(2).
+pub fn memory_file(name: &std::ffi::CStr) -> std::io::Result<File> {
+    let fd = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
+    Ok(File::from(fd))
+}
+
 /// Fills `buf` from `addr`.
 ///
 /// # Errors

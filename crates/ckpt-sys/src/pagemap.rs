@@ -119,18 +119,80 @@ pub fn scan_written(
     files: bool,
     sink: &mut dyn FnMut(Region),
 ) -> Result<(), Errno> {
+    let args = Arguments {
+        flags: PM_SCAN_CHECK_WPASYNC | if protect { PM_SCAN_WP_MATCHING } else { 0 },
+        category_anyof_mask: PRESENT | SWAPPED,
+        return_mask: WRITTEN | PRESENT | SWAPPED | ZERO | if files { FILE } else { 0 },
+        ..Arguments::default()
+    };
+    all(pagemap, start, end, args, sink)
+}
+
+/// What [`scan_changes`] finds: stretches of pages, each list in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// In memory or in swap, and written: with [`PRESENT`], [`SWAPPED`] and [`ZERO`].
+    pub written: Vec<Region>,
+    /// In memory or in swap, and still protected. Among them may be zero pages.
+    pub unwritten: Vec<Region>,
+}
+
+/// As [`scan_written`], for memory that has no file behind it, of a process that stands still. It takes less time where little was
+/// written: the kernel is not asked to name what is unwritten, only what is written and what is not there.
+///
+/// # Errors
+/// As [`scan_written`].
+pub fn scan_changes(pagemap: &File, start: u64, end: u64, protect: bool) -> Result<Changes, Errno> {
+    let args = Arguments {
+        flags: PM_SCAN_CHECK_WPASYNC | if protect { PM_SCAN_WP_MATCHING } else { 0 },
+        category_mask: WRITTEN,
+        category_anyof_mask: PRESENT | SWAPPED,
+        return_mask: PRESENT | SWAPPED | ZERO,
+        ..Arguments::default()
+    };
+    let mut written = Vec::new();
+    all(pagemap, start, end, args, &mut |r| written.push(r))?;
+    let args = Arguments {
+        flags: PM_SCAN_CHECK_WPASYNC,
+        category_inverted: PRESENT | SWAPPED,
+        category_mask: PRESENT | SWAPPED,
+        ..Arguments::default()
+    };
+    let mut missing = Vec::new();
+    all(pagemap, start, end, args, &mut |r| missing.push(r))?;
+    // What is neither is there and protected.
+    let (mut unwritten, mut at) = (Vec::new(), start);
+    let (mut a, mut b) = (written.iter().peekable(), missing.iter().peekable());
+    loop {
+        let next = match (a.peek(), b.peek()) {
+            (Some(x), Some(y)) if x.start > y.start => b.next(),
+            (None, _) => b.next(),
+            _ => a.next(),
+        };
+        let (from, to) = next.map_or((end, end), |r| (r.start, r.end));
+        if at < from {
+            unwritten.push(Region { start: at, end: from, categories: 0 });
+        }
+        at = at.max(to);
+        if next.is_none() {
+            return Ok(Changes { written, unwritten });
+        }
+    }
+}
+
+/// Gives all that a scan of `[start, end)` finds.
+fn all(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    args: Arguments,
+    sink: &mut dyn FnMut(Region),
+) -> Result<(), Errno> {
     let mut regions = [Region::default(); REGIONS];
+    let mut args = Arguments { size: size_of::<Arguments>() as u64, end, ..args };
     let mut at = start;
     while at < end {
-        let mut args = Arguments {
-            size: size_of::<Arguments>() as u64,
-            flags: PM_SCAN_CHECK_WPASYNC | if protect { PM_SCAN_WP_MATCHING } else { 0 },
-            start: at,
-            end,
-            category_anyof_mask: PRESENT | SWAPPED,
-            return_mask: WRITTEN | PRESENT | SWAPPED | ZERO | if files { FILE } else { 0 },
-            ..Arguments::default()
-        };
+        args.start = at;
         let (n, seen) = call(pagemap, &mut args, &mut regions)?;
         regions[..n].iter().copied().for_each(&mut *sink);
         if seen <= at {
@@ -237,6 +299,17 @@ mod tests {
         String::from_utf8(out).unwrap()
     }
 
+    /// As [`picture`], by the scan that is not told what is unwritten.
+    fn changes(m: &Memory, protect: bool) -> String {
+        let mut out = vec![b' '; (m.bytes / PAGE) as usize];
+        let found = scan_changes(&pagemap(), m.addr, m.addr + m.bytes, protect).unwrap();
+        for (sort, list) in [(b'w', &found.written), (b'-', &found.unwritten)] {
+            let pages = list.iter().flat_map(|r| (r.start - m.addr) / PAGE..(r.end - m.addr) / PAGE);
+            pages.for_each(|page| out[page as usize] = sort);
+        }
+        String::from_utf8(out).unwrap()
+    }
+
     /// `None` where the kernel can't: the VM tests cover that.
     fn tracking() -> Option<WriteTracking> {
         match WriteTracking::of_this_process() {
@@ -284,6 +357,47 @@ mod tests {
             scan_written(&pagemap(), m.addr, m.addr + m.bytes, true, true, &mut |_| ()),
             Err(Errno::EPERM)
         );
+    }
+
+    #[test]
+    fn changes_are_told_from_what_is_missing() {
+        let Some(t) = tracking() else { return };
+        // Some page tables are missing as well.
+        let pages = 8 * (2 << 20) / PAGE;
+        let m = Memory::map(pages);
+        assert_eq!(
+            scan_changes(&pagemap(), m.addr, m.addr + m.bytes, true),
+            Err(Errno::EPERM),
+            "it is not watched"
+        );
+        t.register(m.addr, m.bytes).unwrap();
+        let same = |protect| {
+            let expected = picture(&m, false);
+            assert!(changes(&m, protect) == expected);
+            expected
+        };
+        assert_eq!(same(true).trim(), "");
+        let touched = [0, 1, 5, 700, 701, 1024, 3000, pages - 1];
+        touched.iter().for_each(|page| m.touch(*page, 1));
+        assert_eq!(same(true).matches('w').count(), touched.len());
+        assert_eq!(same(true).matches('-').count(), touched.len());
+        m.touch(701, 2);
+        m.look(702);
+        m.drop_page(5);
+        (512..1024).for_each(|page| m.drop_page(page));
+        m.touch(600, 3);
+        assert_eq!(same(false).matches('w').count(), 1);
+        assert_eq!(same(true).matches('-').count(), 5);
+        // A zero page was protected when it was found.
+        m.look(2);
+        assert_eq!(&same(true)[..4], "--w ");
+        assert_eq!(&same(true)[..4], "--- ");
+        // More than one call gives.
+        (0..pages).for_each(|page| m.touch(page, 4));
+        same(true);
+        (0..pages).step_by(2).for_each(|page| m.touch(page, 5));
+        assert_eq!(same(true).matches('w').count() as u64, pages / 2);
+        assert_eq!(same(true).matches('w').count(), 0);
     }
 
     #[test]

@@ -438,6 +438,26 @@ def incremental_clustered(host):
     return _incremental(host, ob.CLUSTERED)
 
 
+def shared(host):
+    """512 MiB of shared memory of which 1 % of the pages, scattered, are dirtied in each second."""
+    samples = Samples()
+    memory_bytes = (64 if host.quick else 512) * MIB
+    with Job(host, ticker(host, memory_bytes, "shared"), "shared") as job:
+        guest = job.observer
+        guest.ask(ob.MODE, ob.SCATTERED, 10_000)
+        for _ in range(2) if host.quick else host.times(3):
+            samples.add("memcpy_ms", guest.ask(ob.COPY)[0] / 1e6, "ms")
+            guest.ask(ob.RESET)
+            ran, said = job.dump()
+            note_dump(samples, job, ran, said, memory_bytes)
+        guest.ask(ob.MODE, ob.IDLE)
+        job.dump()
+        job.kill()
+        job.restore()
+        expect_right(guest)
+    return samples
+
+
 def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -624,6 +644,7 @@ CASES = [
     Case("loops", loops, 6),
     Case("incremental-scattered", incremental_scattered, 5),
     Case("incremental-clustered", incremental_clustered, 5),
+    Case("shared", shared, 5),
     Case("python", python, 5),
     Case("redis", redis, 5),
     _memory_case("4g-4k", 4096, "4k", 3),

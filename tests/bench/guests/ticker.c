@@ -3,7 +3,7 @@
  * The guest of the bench: touches its memory, then reads the clock without ever sleeping and notes each gap longer than a
  * tick, until told to do something else through the observer file.
  *
- *     ticker OBSERVER BYTES 4k|thp PROCESSES THREADS VMAS
+ *     ticker OBSERVER BYTES 4k|thp|shared PROCESSES THREADS VMAS
  *
  * BYTES is the memory of each process. The first process ticks; the others, and the other threads, are blocked.
  */
@@ -37,6 +37,7 @@ struct reply {
 };
 static struct child *children;
 static int processes;
+static int sharing = MAP_PRIVATE;
 
 static void die(const char *what)
 {
@@ -200,7 +201,7 @@ static struct reply ask(int i, char what)
 static void *map(int huge)
 {
 	uint64_t huge_bytes = 2 << 20;
-	char *at = mmap(NULL, bytes + huge_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char *at = mmap(NULL, bytes + huge_bytes, PROT_READ | PROT_WRITE, sharing | MAP_ANONYMOUS, -1, 0);
 	char *start;
 
 	if (at == MAP_FAILED)
@@ -369,11 +370,12 @@ int main(int argc, char **argv)
 
 	_Static_assert(sizeof(struct observer) == 4096 + 8 * OBSERVER_BINS, "layout");
 	if (argc != 7) {
-		fprintf(stderr, "usage: ticker OBSERVER BYTES 4k|thp PROCESSES THREADS VMAS\n");
+		fprintf(stderr, "usage: ticker OBSERVER BYTES 4k|thp|shared PROCESSES THREADS VMAS\n");
 		return 2;
 	}
 	bytes = strtoull(argv[2], NULL, 10) / PAGE * PAGE;
 	huge = !strcmp(argv[3], "thp");
+	sharing = !strcmp(argv[3], "shared") ? MAP_SHARED : MAP_PRIVATE;
 	processes = atoi(argv[4]);
 	threads = atoi(argv[5]);
 	vmas = atoi(argv[6]);

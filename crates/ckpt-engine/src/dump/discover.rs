@@ -100,12 +100,7 @@ impl Discovered {
         }
         let needed_bytes = engine.needs_bytes();
         if needed_bytes > 0 {
-            let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-            let kib = text
-                .lines()
-                .find_map(|l| l.strip_prefix("MemAvailable:"))
-                .and_then(|s| s.split_whitespace().next());
-            let available_bytes = kib.and_then(|s| s.parse::<u64>().ok()).map_or(u64::MAX, |n| n * 1024);
+            let available_bytes = ckpt_sys::memory::available_bytes();
             if needed_bytes > available_bytes {
                 return Err(DumpError::Memory { needed_bytes, available_bytes });
             }

@@ -4,7 +4,7 @@
 //! rest and return the sum. They stay there: they are part of the process's state from then on, and are saved with it.
 
 use crate::model::file::info_value;
-use crate::model::memory::read_smaps_of_vdso;
+use crate::model::memory::vdso_of;
 use crate::model::process::own_vdso;
 use ckpt_sys::arch::{self, PartialWrite, Registers, WRITE_BLOCK_BYTES};
 use ckpt_sys::inject::Padding;
@@ -76,7 +76,7 @@ fn blocks(tid: Pid, fd: u64) -> bool {
 }
 
 fn padding_of(tid: Pid) -> Option<Padding> {
-    let vdso = read_smaps_of_vdso(tid.as_raw())?;
+    let vdso = vdso_of(tid.as_raw())?;
     let own = own_vdso(vdso.end - vdso.start);
     Padding::find(own, vdso).ok().filter(|p| p.start < p.end)
 }

@@ -129,8 +129,16 @@ fn unknown(line: &str) -> std::io::Error {
 /// What reading gives; InvalidData for a line that can't be parsed.
 pub fn read_smaps(host: i32) -> std::io::Result<Vec<Vma>> {
     let file = std::fs::File::open(format!("/proc/{host}/smaps"))?;
+    parse_smaps(BufReader::with_capacity(1 << 20, file))
+}
+
+/// Parses (a part of) the text of /proc/pid/smaps, without the vsyscall page.
+///
+/// # Errors
+/// As [`read_smaps`].
+pub fn parse_smaps(text: impl BufRead) -> std::io::Result<Vec<Vma>> {
     let mut out: Vec<Vma> = Vec::new();
-    for line in BufReader::with_capacity(1 << 20, file).split(b'\n') {
+    for line in text.split(b'\n') {
         let line = line?;
         let line = String::from_utf8_lossy(&line);
         let kib = |rest: &str| {
@@ -157,7 +165,7 @@ pub fn read_smaps(host: i32) -> std::io::Result<Vec<Vma>> {
 }
 
 /// Bounds of a process's vDSO, from /proc/pid/maps.
-pub fn read_smaps_of_vdso(host: i32) -> Option<std::ops::Range<u64>> {
+pub fn vdso_of(host: i32) -> Option<std::ops::Range<u64>> {
     let text = std::fs::read_to_string(format!("/proc/{host}/maps")).ok()?;
     let v = text.lines().filter_map(parse_head).find(|v| v.name == "[vdso]")?;
     Some(v.start..v.end)

@@ -264,8 +264,8 @@ pub fn own_vdso(bytes: u64) -> std::ops::Range<u64> {
     use std::sync::OnceLock;
     static OWN: OnceLock<Option<(u64, u64)>> = OnceLock::new();
     let own = OWN.get_or_init(|| {
-        let all = memory::read_smaps(std::process::id() as i32).unwrap_or_default();
-        all.iter().find(|v| v.name == "[vdso]").map(|v| (v.start, v.end))
+        // Not smaps, which looks at all of our own memory.
+        memory::vdso_of(std::process::id() as i32).map(|v| (v.start, v.end))
     });
     own.filter(|(s, e)| e - s == bytes).map_or(0..0, |(s, e)| s..e)
 }

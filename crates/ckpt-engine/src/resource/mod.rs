@@ -34,6 +34,7 @@ use crate::model::file::OpenFile;
 use crate::model::memory::Vma;
 use crate::model::process::{Process, Task};
 use crate::restore::build_tree::Build;
+use crate::snapshot::precopy::Precopied;
 use crate::snapshot::{From, Piece, Snapshot, Source};
 use crate::track::Same;
 use ckpt_image::codec::{self, Decode, Encode};
@@ -85,9 +86,25 @@ pub struct Collected {
     pub objects: std::collections::BTreeMap<(u64, u64), u64>,
     /// Content of files that the job is writing.
     pub kept: Vec<saved_file::Kept>,
+    /// Shared memory as it was before the freeze.
+    pub precopied: Precopied,
     /// Pids of processes that adopt orphans (PR_SET_CHILD_SUBREAPER).
     pub subreapers: std::collections::BTreeSet<i32>,
     next_object: u64,
+}
+
+/// The sources of all shared memory of a job, which may be running.
+///
+/// # Errors
+/// If it can't be read.
+pub fn shared_memory(job: &Job) -> Result<Collected, DumpError> {
+    let (mut out, mut warnings) = (Collected::default(), Vec::new());
+    let kinds: [&dyn Resource; 2] = [&shared_object::SharedObjectResource, &shm_file::ShmFileResource];
+    for kind in kinds {
+        let mut cx = Collect { job, live: None, out: &mut out, warnings: &mut warnings };
+        kind.collect(&mut cx, At::Job)?;
+    }
+    Ok(out)
 }
 
 type Encoding = Box<dyn Fn(&Stored) -> Result<Vec<u8>, codec::CodecError>>;

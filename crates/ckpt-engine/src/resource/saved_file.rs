@@ -211,7 +211,7 @@ impl Resource for SavedFileResource {
             let file = kept.file.try_clone().map_err(DumpError::process(0, "reading a file's content"))?;
             let (writer, progress) = (&mut *cx.writer, &mut *cx.progress);
             let pace = cx.pace;
-            crate::snapshot::read_file(&file.into(), kept.bytes, PIECE, &mut |piece| {
+            crate::snapshot::read_file(&file.into(), 0..kept.bytes, PIECE, &mut |piece| {
                 ckpt_sys::hook::point();
                 // Holes are not stored, and zero pages are none.
                 let (_, bytes) = put(writer, kept.object, ZeroPages::Elide, piece)?;

@@ -2,6 +2,7 @@
 //! Plan: everything outside the image that must be as it was is looked at before anything is built, and every conflict
 //! is named at once.
 
+use super::fill_memory::is_wiped_in_copies;
 use super::read::Image;
 use super::{FilePolicy, RestoreRequest};
 use crate::error::{Conflict, Conflicts, RestoreError};
@@ -316,6 +317,20 @@ pub fn is_mergeable_by_itself(image: &Image) -> Result<bool, RestoreError> {
     for r in image.of_kind(Kind::MemoryMap) {
         let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
         if m.vmas.iter().any(|v| v.advice.contains(&libc::MADV_MERGEABLE)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether the job has memory that is not to be shared with a forked child (MADV_WIPEONFORK).
+///
+/// # Errors
+/// If a record does not decode.
+pub fn has_wiped_memory(image: &Image) -> Result<bool, RestoreError> {
+    for r in image.of_kind(Kind::MemoryMap) {
+        let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
+        if m.vmas.iter().any(is_wiped_in_copies) {
             return Ok(true);
         }
     }

@@ -43,6 +43,7 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
     };
     order.sort_by_key(|pid| (!build.processes[pid].stopped, -depth(*pid)));
     for pid in order {
+        super::told::tell(&build, pid);
         let own = finalise(&mut build, pid)?;
         if build.processes[&pid].stopped {
             stop_again(&mut build, pid, &own)?;

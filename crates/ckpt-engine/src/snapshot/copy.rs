@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The `copy` engine: everything is copied into ckpt's own memory while the job is frozen.
 
+use super::precopy::Compared;
 use super::{Account, Engine, Piece, Prepared, Sink, Snapshot, Source, private_bytes, read_source};
 use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
@@ -26,8 +27,16 @@ pub type Pieces = Vec<(u64, Vec<u8>)>;
 
 #[derive(Debug)]
 struct Copied {
-    sources: Vec<Pieces>,
+    sources: Vec<Held>,
     held_bytes: u64,
+}
+
+/// A source.
+#[derive(Debug)]
+enum Held {
+    Pieces(Pieces),
+    /// Shared memory, which was copied before.
+    Compared(Compared),
 }
 
 impl Engine for Copy {
@@ -74,12 +83,18 @@ impl Prepared for Ready {
         collected: &Collected,
     ) -> Result<Box<dyn Snapshot>, DumpError> {
         let mut sources = Vec::with_capacity(collected.sources.len());
+        let mut held_bytes = 0;
         for s in &collected.sources {
+            if let Some(compared) = collected.precopied.compare(s, collected)? {
+                held_bytes += compared.changed_bytes;
+                sources.push(Held::Compared(compared));
+                continue;
+            }
             let mut pieces = Pieces::new();
             read_source(s, PIECE_BYTES, &mut |piece| keep(&mut pieces, s, piece))?;
-            sources.push(pieces);
+            held_bytes += pieces.iter().map(|(_, d)| d.len() as u64).sum::<u64>();
+            sources.push(Held::Pieces(pieces));
         }
-        let held_bytes = sources.iter().flatten().map(|(_, d)| d.len() as u64).sum();
         Ok(Box::new(Copied { sources, held_bytes }))
     }
 }
@@ -87,8 +102,13 @@ impl Prepared for Ready {
 impl Snapshot for Copied {
     fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         // Memory is given back as it is written.
-        for (offset, data) in std::mem::take(&mut self.sources[index]) {
-            sink(Piece::Data(offset, &data))?;
+        match std::mem::replace(&mut self.sources[index], Held::Pieces(Pieces::new())) {
+            Held::Pieces(pieces) => {
+                for (offset, data) in pieces {
+                    sink(Piece::Data(offset, &data))?;
+                }
+            }
+            Held::Compared(compared) => compared.stream(PIECE_BYTES, sink)?,
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use super::copy::{Pieces, keep};
 use super::guard::Guard;
 use super::kmod::{self, Changes, Kept};
 use super::memory_limit::{Limits, Room};
+use super::precopy::Compared;
 use super::{Account, Engine, From, Piece, Prepared, Range, Sink, Snapshot, Source, pages, read_source};
 use crate::dump::collect;
 use crate::dump::freeze::FrozenJob;
@@ -254,6 +255,8 @@ enum Part {
     Forked(i32, Vec<Range>),
     /// Kept by the kernel module.
     Kept(i32, Range),
+    /// Shared memory, copied before the freeze.
+    Compared(Compared),
     /// In the process, which stays frozen.
     Still(Pid, i32, Range),
     /// All of the source, of a job that stays frozen.
@@ -311,8 +314,16 @@ impl Ready {
         let (mut parts, mut held_bytes) = (Vec::with_capacity(collected.sources.len()), 0);
         for source in &collected.sources {
             let mut same = Vec::new();
-            let hold = Hold { still: self.still, copies: &copies, kept: &kept };
-            parts.push(hold.source(source, &mut reasons, &mut held_bytes, &mut same)?);
+            parts.push(match collected.precopied.compare(source, collected)? {
+                Some(compared) => {
+                    held_bytes += compared.changed_bytes;
+                    vec![Part::Compared(compared)]
+                }
+                None => {
+                    let hold = Hold { still: self.still, copies: &copies, kept: &kept };
+                    hold.source(source, &mut reasons, &mut held_bytes, &mut same)?
+                }
+            });
             if let Some(changes) = changes.as_deref_mut() {
                 changes.same.push(same);
             }
@@ -466,6 +477,7 @@ impl Snapshot for Copies {
                         sink(Piece::Data(offset, &data))?;
                     }
                 }
+                Part::Compared(compared) => compared.stream(PIECE_BYTES, sink)?,
                 Part::Kept(pid, range) => {
                     let Some(kept) = self.kept.get(&pid) else { return Err(DumpError::CopyLost { pid }) };
                     kept.read_range(&range, PIECE_BYTES, sink)?;

@@ -11,6 +11,7 @@ mod guard;
 pub mod kmod;
 mod memory_limit;
 pub mod pages;
+pub mod precopy;
 #[cfg(feature = "test-hooks")]
 pub mod spill;
 
@@ -213,27 +214,35 @@ pub fn read_source(source: &Source, piece: usize, sink: &mut Sink<'_>) -> Result
             let reader = pages::Reader::open(*host, *pid)?;
             ranges.iter().try_for_each(|r| reader.read_range(r, piece, sink))
         }
-        From::File { fd, bytes } => read_file(fd, *bytes, piece, sink),
+        From::File { fd, bytes } => read_file(fd, 0..*bytes, piece, sink),
     }
 }
 
-/// Reads all data of a file, in whole pages.
+/// Reads all data of a part of a file that begins with a page, in whole pages.
 ///
 /// # Errors
 /// If it can't be read, and those of the sink.
-pub fn read_file(fd: &OwnedFd, bytes: u64, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+pub fn read_file(
+    fd: &OwnedFd,
+    part: std::ops::Range<u64>,
+    piece: usize,
+    sink: &mut Sink<'_>,
+) -> Result<(), DumpError> {
     use ckpt_sys::memory::PAGE;
     use std::os::unix::fs::FileExt;
     let err =
         |e: std::io::Error| DumpError::Process { pid: 0, what: "reading a file's content".into(), source: e };
     let file = std::fs::File::from(fd.try_clone().map_err(err)?);
-    let mut at = 0;
+    let std::ops::Range { start: mut at, end: bytes } = part;
     while at < bytes {
         // Holes are not read, which would fill them in shared memory.
         let Some(data) = ckpt_sys::descriptor::next_data(&file, at).map_err(|e| err(e.into()))? else {
             break;
         };
         at = data / PAGE * PAGE;
+        if at >= bytes {
+            break;
+        }
         let end = ckpt_sys::descriptor::next_hole(&file, data).map_err(|e| err(e.into()))?.min(bytes);
         while at < end {
             let n = ((end - at).min(piece as u64)) as usize;

@@ -2,7 +2,7 @@
 //! What changed: found by one scan in the freeze. Few pages are copied there and then, which takes less time than a fork of
 //! everything; of many the engine takes a snapshot.
 
-use super::watch::Stretch;
+use super::watch::{Stretch, Watch};
 use super::{ProcessId, Tracker, Tracking};
 use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
@@ -55,6 +55,52 @@ pub(super) fn room(tracking: &Tracking, job: &Job) -> Vec<u8> {
     // Some more are written until the job stands still.
     let bytes = (2 * bytes + (1 << 20)).min(HELD_LIMIT_BYTES) as usize;
     vec![1; bytes]
+}
+
+/// Fewer bytes are not worth a second thread.
+const SHARED_WORK_BYTES: u64 = 4 << 20;
+
+/// Whether two threads can work at the same time while the job stands still. Asked before it does.
+pub(super) fn can_share_work() -> bool {
+    std::thread::available_parallelism().is_ok_and(|n| n.get() > 1)
+}
+
+/// Does two things at the same time.
+fn both<T: Send>(a: impl FnOnce() -> T + Send, b: impl FnOnce() -> T) -> (T, T) {
+    std::thread::scope(|scope| {
+        let other = scope.spawn(a);
+        let b = b();
+        match other.join() {
+            Ok(a) => (a, b),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// As [`Watch::scan`], by two threads if it is worth it.
+fn scan(
+    watch: &Watch,
+    pagemap: &File,
+    r: &Range,
+    over_file: bool,
+    share: bool,
+) -> Result<Option<Vec<Stretch>>, Errno> {
+    /// So that no huge page is divided.
+    const ALIGNMENT: u64 = 2 << 20;
+    let part = |start, end| watch.scan(pagemap, start, end, over_file, true);
+    let end = r.addr + r.bytes;
+    if !share || r.bytes < 16 * SHARED_WORK_BYTES {
+        return part(r.addr, end);
+    }
+    let middle = (r.addr + r.bytes / 2) / ALIGNMENT * ALIGNMENT;
+    let (first, second) = both(|| part(r.addr, middle), || part(middle, end));
+    Ok(match (first?, second?) {
+        (Some(mut stretches), Some(more)) => {
+            stretches.extend(more);
+            Some(stretches)
+        }
+        _ => None,
+    })
 }
 
 /// A part of a range, with pages that all exist.
@@ -123,9 +169,7 @@ fn plan(t: &Tracker, frozen: &FrozenJob, source: &Source) -> Result<Option<Plan>
     for r in ranges {
         ckpt_sys::hook::point();
         let stretches = match watched {
-            Some(w) if r.pages == Which::Private => w
-                .watch
-                .scan(&pagemap, r.addr, r.addr + r.bytes, over_file, true)
+            Some(w) if r.pages == Which::Private => scan(&w.watch, &pagemap, r, over_file, t.share_work)
                 .map_err(err("looking for written pages (PAGEMAP_SCAN)"))?,
             _ => None,
         };
@@ -195,7 +239,7 @@ pub(super) fn snapshot(
     let few = known.is_some_and(|bytes| bytes <= HELD_LIMIT_BYTES);
     // The engine is given what is left to it.
     let (mut left, mut held) = (Vec::new(), Vec::new());
-    let mut room = Room { bytes: std::mem::take(&mut t.room), used: 0 };
+    let mut room = Room { bytes: std::mem::take(&mut t.room), used: 0, share_work: t.share_work };
     for (source, plan) in collected.sources.iter().zip(&plans) {
         let from = match (&source.from, plan.as_ref().map(|p| &p.dirty)) {
             (From::File { fd, bytes }, _) => {
@@ -232,6 +276,7 @@ pub(super) fn snapshot(
 struct Room {
     bytes: Vec<u8>,
     used: usize,
+    share_work: bool,
 }
 
 impl Room {
@@ -250,19 +295,37 @@ impl Room {
         let list: Vec<(u64, u64)> = ranges.iter().map(|r| (r.addr, r.bytes)).collect();
         ckpt_sys::hook::point();
         let target = &mut self.bytes[first..self.used];
-        if ckpt_sys::memory::read_list(host, &list, target).is_err() {
-            // Pages the process itself may not read are reached through /proc/pid/mem.
-            let memory = Forced::open(host).map_err(DumpError::process(pid, "opening its memory"))?;
-            let mut rest = target;
-            for (addr, bytes) in list {
-                let (now, later) = rest.split_at_mut(bytes as usize);
-                let what = format!("reading {bytes} bytes of memory at {addr:#x}");
-                memory.read(addr, now).map_err(DumpError::process(pid, what))?;
-                rest = later;
-            }
+        if !self.share_work || (total as u64) < SHARED_WORK_BYTES {
+            copy(host, pid, &list, target)?;
+            return Ok(out);
         }
+        let (mut middle, mut half) = (0, 0);
+        while half < total / 2 {
+            half += list[middle].1 as usize;
+            middle += 1;
+        }
+        let (a, b) = target.split_at_mut(half);
+        let (a, b) = both(|| copy(host, pid, &list[..middle], a), || copy(host, pid, &list[middle..], b));
+        a.and(b)?;
         Ok(out)
     }
+}
+
+/// Copies stretches of a process's memory, one after the other.
+fn copy(host: Pid, pid: i32, list: &[(u64, u64)], target: &mut [u8]) -> Result<(), DumpError> {
+    if ckpt_sys::memory::read_list(host, list, target).is_ok() {
+        return Ok(());
+    }
+    // Pages the process itself may not read are reached through /proc/pid/mem.
+    let memory = Forced::open(host).map_err(DumpError::process(pid, "opening its memory"))?;
+    let mut rest = target;
+    for (addr, bytes) in list {
+        let (now, later) = rest.split_at_mut(*bytes as usize);
+        let what = format!("reading {bytes} bytes of memory at {addr:#x}");
+        memory.read(*addr, now).map_err(DumpError::process(pid, what))?;
+        rest = later;
+    }
+    Ok(())
 }
 
 /// The changed pages, and the snapshot of the rest.

@@ -17,6 +17,7 @@ pub mod attach;
 pub mod watch;
 
 mod delta;
+mod flags;
 
 pub use delta::Same;
 
@@ -24,7 +25,8 @@ use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
 use crate::kind::Kind;
 use crate::model::Job;
-use crate::model::process::ProcessId;
+use crate::model::memory::Vma;
+use crate::model::process::{Process, ProcessId};
 use crate::resource::Collected;
 use crate::snapshot::kmod::{Changes, Tracked};
 use crate::snapshot::{From, Prepared, Snapshot};
@@ -179,6 +181,10 @@ pub struct Tracker {
     pages: delta::Pages,
     /// By source: pages that are those of the parent.
     same: Vec<Vec<delta::Same>>,
+    /// Ready to be read in the freeze.
+    flags: Vec<(ProcessId, flags::Flags)>,
+    /// Two threads work while the job stands still.
+    share_work: bool,
 }
 
 impl Tracker {
@@ -224,6 +230,8 @@ impl Tracker {
             room: Vec::new(),
             pages: delta::Pages::default(),
             same: Vec::new(),
+            flags: Vec::new(),
+            share_work: delta::can_share_work(),
         };
         if t.parent.is_none() {
             // Unwritten pages are those of the coming checkpoint just as well.
@@ -255,6 +263,10 @@ impl Tracker {
         job.info.tracked = t.tracking.watched().collect();
         if t.parent.is_some() {
             t.room = delta::room(&t.tracking, job);
+            let watched = job.live().filter(|p| t.is_watched(ProcessId::of(p)));
+            // What can't be prepared is read whole.
+            let ready = watched.filter_map(|p| Some((ProcessId::of(p), flags::Flags::prepare(p).ok()??)));
+            t.flags = ready.collect();
         }
         Ok(t)
     }
@@ -305,6 +317,14 @@ impl Tracker {
             });
         }
         Ok(snapshot)
+    }
+
+    /// The mappings of a process of the frozen job with their flags, after the snapshot, where that takes less time than to read them all.
+    pub fn mappings(&mut self, p: &Process) -> Option<Vec<Vma>> {
+        let id = ProcessId::of(p);
+        let at = self.flags.iter().position(|(of, _)| *of == id)?;
+        let watched = self.tracking.processes.iter().find(|w| w.id == id)?;
+        self.flags.swap_remove(at).1.read(p, &watched.watch).ok()
     }
 
     fn snapshot_by_engine(

@@ -51,7 +51,7 @@ fn is_worth_it(v: &Vma) -> bool {
     !v.shared && !v.is_vdso_part() && v.anonymous_bytes + v.swap_bytes > 0
 }
 
-fn pagemap_of(host: Pid) -> std::io::Result<File> {
+pub(super) fn pagemap_of(host: Pid) -> std::io::Result<File> {
     File::open(format!("/proc/{host}/pagemap"))
 }
 
@@ -156,6 +156,29 @@ impl Watch {
         }
     }
 
+    /// Runs `look` while a part of a watched private mapping without a file, of a frozen process, is a mapping of its own, and so are the
+    /// parts before and behind it: it is not watched meanwhile. Then all is one mapping again, with all pages of that part protected.
+    /// Should the dumper be killed, the kernel ends all watching and joins them.
+    ///
+    /// # Errors
+    /// If it could not be parted, or not be watched again: then its pages count as written.
+    pub(super) fn apart<T>(
+        &self,
+        pagemap: &File,
+        start: u64,
+        end: u64,
+        look: impl FnOnce() -> T,
+    ) -> Result<T, Errno> {
+        let Way::Protection(tracking) = &self.0 else { return Err(Errno::EOPNOTSUPP) };
+        tracking.unregister(start, end - start)?;
+        ckpt_sys::hook::point();
+        let seen = look();
+        ckpt_sys::hook::point();
+        tracking.register(start, end - start)?;
+        pagemap::scan_written(pagemap, start, end, true, false, &mut |_| ())?;
+        Ok(seen)
+    }
+
     /// Whether the process may have executed a program since it was attached: then it must be attached anew.
     pub(super) fn is_lost(&self, p: &Process) -> bool {
         matches!(self.0, Way::Protection(_)) && !p.vmas.iter().any(|v| v.has("uw"))
@@ -177,6 +200,21 @@ impl Watch {
         let mut out = Vec::new();
         match &self.0 {
             Way::Module { .. } => Ok(None),
+            Way::Protection(_) if !over_file => {
+                let found = match pagemap::scan_changes(pagemap, start, end, protect) {
+                    Ok(found) => found,
+                    Err(Errno::EPERM) => return Ok(None),
+                    Err(errno) => return Err(errno),
+                };
+                let unwritten = found.unwritten.iter().map(|r| (r, true));
+                let mut both: Vec<_> = found.written.iter().map(|r| (r, false)).chain(unwritten).collect();
+                both.sort_unstable_by_key(|(r, _)| r.start);
+                for (r, unwritten) in both.into_iter().filter(|(r, _)| !r.is(ZERO)) {
+                    let bytes = r.end - r.start;
+                    push(&mut out, Stretch { addr: r.start, bytes, unwritten, doubtful: false });
+                }
+                Ok(Some(out))
+            }
             Way::Protection(_) => {
                 let mut add = |r: pagemap::Region| {
                     if r.is(FILE | ZERO) {
