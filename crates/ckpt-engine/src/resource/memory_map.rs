@@ -325,7 +325,12 @@ impl MemoryMapResource {
                 Backing::Object { object, offset: v.offset }
             } else if v.is_file() && own_library(&v.name) {
                 // Stored whole, as anonymous memory: upgrading ckpt must not break old checkpoints.
-                plain.push(range(v, Pages::All));
+                // The loader first maps more of it than there is; what is behind its end can't be read.
+                let file = std::fs::metadata(cx.job.outside(&v.name)).map_err(err(&v.name))?;
+                let there = file.len().next_multiple_of(PAGE).saturating_sub(v.offset);
+                if there > 0 {
+                    plain.push(Range { bytes: v.bytes().min(there), ..range(v, Pages::All) });
+                }
                 Backing::Anonymous
             } else if v.is_file() {
                 if !v.shared {
