@@ -186,9 +186,10 @@ static bool ckpt_same_table(struct ckpt_walk *walk, unsigned long index, unsigne
 }
 
 /* One entry of a page table, under its lock: the entry of the snapshot. */
-static unsigned long ckpt_walk_pte(struct ckpt_walk *walk, pte_t *ptep, bool dirty)
+static inline unsigned long ckpt_walk_pte(struct ckpt_walk *walk, pte_t *ptep, bool dirty)
 {
 	pte_t pte = READ_ONCE(*ptep);
+	unsigned long pfn;
 	struct page *page;
 
 	if (pte_none(pte))
@@ -199,17 +200,19 @@ static unsigned long ckpt_walk_pte(struct ckpt_walk *walk, pte_t *ptep, bool dir
 		/* In swap after all, or being migrated. */
 		return CKPT_KIND_COPY;
 	}
+	pfn = pte_pfn(pte);
 	if (pte_special(pte))
-		return is_zero_pfn(pte_pfn(pte)) ? CKPT_KIND_ZERO : CKPT_KIND_COPY;
-	if (pte_devmap(pte) || !pfn_valid(pte_pfn(pte)))
+		return is_zero_pfn(pfn) ? CKPT_KIND_ZERO : CKPT_KIND_COPY;
+	if (pte_devmap(pte))
 		return CKPT_KIND_COPY;
-	page = pte_page(pte);
+	/* What is not special has a struct page. */
+	page = pfn_to_page(pfn);
 	if (!PageAnon(page))
 		return 0;
 	if (is_zone_device_page(page))
 		return CKPT_KIND_COPY;
 	if (!dirty && !pte_soft_dirty(pte) && !pte_write(pte))
-		return ckpt_entry(pte_pfn(pte), CKPT_KIND_SAME);
+		return ckpt_entry(pfn, CKPT_KIND_SAME);
 	pte = ckpt_protect_pte(ptep, walk->clear);
 	if (PageAnonExclusive(page)) {
 		if (ckpt_is_busy(walk, page, false)) {
@@ -222,7 +225,7 @@ static unsigned long ckpt_walk_pte(struct ckpt_walk *walk, pte_t *ptep, bool dir
 		return CKPT_KIND_COPY;
 	}
 	ckpt_take_page(walk, page);
-	return ckpt_entry(pte_pfn(pte), CKPT_KIND_DATA);
+	return ckpt_entry(pfn, CKPT_KIND_DATA);
 }
 
 /* A PMD that maps a huge page, under its lock. */
@@ -258,7 +261,7 @@ static unsigned long ckpt_walk_huge(struct ckpt_walk *walk, struct vm_area_struc
 }
 
 /* Counts @pages of the kind of @entry; those with references are charged. */
-static int ckpt_count(struct ckpt_snapshot *snap, unsigned long entry, unsigned long pages)
+static inline int ckpt_count(struct ckpt_snapshot *snap, unsigned long entry, unsigned long pages)
 {
 	switch (ckpt_entry_kind(entry)) {
 	case CKPT_KIND_SAME:

@@ -197,6 +197,8 @@ pub struct SupervisionArgs {
     /// For the notice before a time limit or before a spot instance is taken away. The signal counts whether it is sent to `ckpt run`, by
     /// `ckpt kill`, to the job's init (its PID in `ckpt ps`) or to its supervisor, and does not reach the job. With ":stop" the dump is
     /// tried until it succeeds, and `ckpt run` and `ckpt wait` end with status 118. May be given several times.
+    ///
+    /// "request" instead of a signal: whenever the application asks for it (ckpt_dump_now in ckpt-hooks.h).
     #[arg(long, value_name = "SIGNAL[:stop]", value_parser = parse_dump_on)]
     pub dump_on: Vec<DumpOn>,
 
@@ -429,6 +431,17 @@ pub struct RestoreArgs {
     /// The hidden side of --copies: stdin is the gate, and the kernel is to merge memory or not.
     #[arg(long, hide = true, value_enum, requires = "detach", conflicts_with = "copies")]
     pub as_copy: Option<AsCopy>,
+
+    /// Which of the copies it is, how many there are, and how many times the checkpoint has been restored with it.
+    #[arg(
+        long,
+        hide = true,
+        value_name = "N,OF,RESTORE",
+        requires = "as_copy",
+        value_delimiter = ',',
+        num_args = 1
+    )]
+    pub copy_number: Vec<u32>,
 
     /// Give the restored job another name; with --copies, another prefix.
     #[arg(long, short, value_name = "NEW")]
@@ -760,6 +773,9 @@ fn parse_dump_on(text: &str) -> Result<DumpOn, String> {
         Some(_) => return Err("give SIGNAL or SIGNAL:stop, as in USR1, TERM:stop".to_owned()),
         None => (text, false),
     };
+    if name == "request" {
+        return Ok(DumpOn { signal: ckpt_abi::hooks::DUMP_NOW_SIGNAL as u8, stop });
+    }
     let signal = parse_signal(name)?;
     // Those cannot be caught, or have a meaning for terminals and parents that ckpt run heeds.
     const OTHERS: [i32; 9] = [
@@ -828,6 +844,7 @@ mod tests {
     fn signals_that_dump() {
         assert_eq!(parse_dump_on("USR1"), Ok(DumpOn { signal: 10, stop: false }));
         assert_eq!(parse_dump_on("SIGTERM:stop"), Ok(DumpOn { signal: 15, stop: true }));
+        assert_eq!(parse_dump_on("request"), Ok(DumpOn { signal: 64, stop: false }));
         for text in ["KILL", "0", "TERM:", "TERM:end", "CHLD:stop", "FOO"] {
             assert!(parse_dump_on(text).is_err(), "{text}");
         }

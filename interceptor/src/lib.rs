@@ -6,13 +6,16 @@
 //!   environment (`exec`, `environment`).
 //! - It exports the control word by which a dumper recognises it (`ckpt_abi::interceptor` is its
 //!   description).
+//! - It records what the kernel does not tell: paths of inotify watches (`inotify`), requests
+//!   submitted to AIO contexts (`aio`).
 //! - It holds back, while a dumper has closed the gate in it, calls that must not be half-way when the process
 //!   is frozen (`gate`, `message`).
 //!
 //! # What it promises to the application
 //! At load it opens no fd, starts no thread, installs no signal handler and allocates nothing. Afterwards
 //! it holds no lock and no state that fork, vfork, signals or a concurrent exec could catch half-written:
-//! all it keeps are pointers that are stored once and never change, and the gate, which only a dumper writes.
+//! all it keeps are pointers that are stored once and never change, counters, a table of paths whose slots say
+//! whether they are complete, and the gate, which only a dumper writes.
 //!
 //! # Limits
 //! - Programs that call the kernel past libc (`syscall(SYS_execve, …)`), and `system`, `popen` and
@@ -26,9 +29,13 @@
 #![cfg(all(target_arch = "x86_64", not(test)))]
 #![no_std]
 
+mod aio;
 mod environment;
 mod exec;
 mod gate;
+mod hooks;
+mod inotify;
+mod kernel;
 mod message;
 mod real;
 
@@ -44,6 +51,8 @@ pub static ckpt_control: Control = Control::new();
 /// Run by the dynamic loader before `main`.
 extern "C" fn constructor(_argc: c_int, _argv: *const *const c_char, _envp: *const *const c_char) {
     real::resolve();
+    inotify::announce();
+    aio::announce();
     ckpt_control.state.store(STATE_READY, Ordering::Release);
 }
 

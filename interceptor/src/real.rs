@@ -32,6 +32,15 @@ pub type Spawn = unsafe extern "C" fn(
     *const *const c_char,
 ) -> c_int;
 
+/// `inotify_add_watch(2)`.
+pub type InotifyAddWatch = unsafe extern "C" fn(c_int, *const c_char, u32) -> c_int;
+/// `pthread_create(3)`.
+pub type PthreadCreate = unsafe extern "C" fn(
+    *mut libc::pthread_t,
+    *const libc::pthread_attr_t,
+    extern "C" fn(*mut c_void) -> *mut c_void,
+    *mut c_void,
+) -> c_int;
 /// `vfork(2)`.
 pub type Vfork = unsafe extern "C" fn() -> libc::pid_t;
 /// `sendmsg(2)`.
@@ -66,11 +75,26 @@ static EXECVEAT: Next = Next::new(c"execveat");
 static FEXECVE: Next = Next::new(c"fexecve");
 static POSIX_SPAWN: Next = Next::new(c"posix_spawn");
 static POSIX_SPAWNP: Next = Next::new(c"posix_spawnp");
+static INOTIFY_ADD_WATCH: Next = Next::new(c"inotify_add_watch");
 static VFORK: Next = Next::new(c"vfork");
 static SENDMSG: Next = Next::new(c"sendmsg");
 static SENDMMSG: Next = Next::new(c"sendmmsg");
-static ALL: [&Next; 9] =
-    [&EXECVE, &EXECVPE, &EXECVEAT, &FEXECVE, &POSIX_SPAWN, &POSIX_SPAWNP, &VFORK, &SENDMSG, &SENDMMSG];
+static SYSCALL: Next = Next::new(c"syscall");
+static PTHREAD_CREATE: Next = Next::new(c"pthread_create");
+static ALL: [&Next; 12] = [
+    &EXECVE,
+    &EXECVPE,
+    &EXECVEAT,
+    &FEXECVE,
+    &POSIX_SPAWN,
+    &POSIX_SPAWNP,
+    &INOTIFY_ADD_WATCH,
+    &VFORK,
+    &SENDMSG,
+    &SENDMMSG,
+    &SYSCALL,
+    &PTHREAD_CREATE,
+];
 
 static RESOLVED: AtomicBool = AtomicBool::new(false);
 /// The path we were loaded from, null while unknown; owned by the dynamic loader, which never unloads a
@@ -112,7 +136,15 @@ next_function!(
     /// The next `posix_spawnp`.
     posix_spawnp, POSIX_SPAWNP, Spawn
 );
+next_function!(
+    /// The next `inotify_add_watch`.
+    inotify_add_watch, INOTIFY_ADD_WATCH, InotifyAddWatch
+);
 
+next_function!(
+    /// `pthread_create`, which is not interposed; before libc 2.34 only programs with threads have it.
+    pthread_create, PTHREAD_CREATE, PthreadCreate
+);
 next_function!(
     /// The next `vfork`.
     vfork, VFORK, Vfork
@@ -125,6 +157,11 @@ next_function!(
     /// The next `sendmmsg`; libc has it since 2.14.
     sendmmsg, SENDMMSG, Sendmmsg
 );
+
+/// The next `syscall`.
+pub fn syscall() -> Option<*mut c_void> {
+    SYSCALL.get()
+}
 
 /// The absolute path we were loaded from, if there is one that `LD_PRELOAD` can name.
 pub fn own_path() -> Option<&'static CStr> {

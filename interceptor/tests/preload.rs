@@ -515,6 +515,12 @@ fn exported_symbols_and_what_it_needs() {
     defined.sort_unstable();
     let mut expected = vec![
         "ckpt_control",
+        "ckpt_interceptor_critical_begin",
+        "ckpt_interceptor_critical_end",
+        "ckpt_interceptor_dump_now",
+        "ckpt_interceptor_hooks_register",
+        "ckpt_interceptor_hooks_unregister",
+        "ckpt_interceptor_restored",
         "execl",
         "execle",
         "execlp",
@@ -524,10 +530,15 @@ fn exported_symbols_and_what_it_needs() {
         "execvp",
         "execvpe",
         "fexecve",
+        "inotify_add_watch",
+        "io_destroy",
+        "io_setup",
+        "io_submit",
         "posix_spawn",
         "posix_spawnp",
         "sendmmsg",
         "sendmsg",
+        "syscall",
         "vfork",
     ];
     expected.sort_unstable();
@@ -577,7 +588,13 @@ impl Cat {
     fn control(&self) -> Option<abi::ControlSnapshot> {
         let mut bytes = vec![0; abi::CONTROL_SIZE_BYTES];
         self.memory().read_exact_at(&mut bytes, self.control_address()?).unwrap();
-        assert!(bytes[32..].iter().all(|byte| *byte == 0), "no field after the generation is set");
+        let (before, watches) = (&bytes[32..256], &bytes[256..320]);
+        let zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+        assert!(
+            zero(before) && zero(&bytes[320..]),
+            "no field after the generation is set but those of the tables"
+        );
+        assert!(!zero(watches), "the tables are not announced");
         abi::decode_control(&bytes)
     }
 }

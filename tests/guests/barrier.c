@@ -8,12 +8,14 @@
  * the thread waits in posix_spawn as long. When the file "second" exists, thread "second" does ACTION, and makes the file
  * "done": posix_spawn, posix_spawnp, vfork, fork (and posix_spawn in the child), exec (and posix_spawn in the new program
  * once the file "third" exists), system, sendmsg, sendmmsg (a descriptor to itself, which it takes out again), plain (a
- * message without a descriptor), wrong (sendmsg of what can't be read), handler (posix_spawn; when the file "signal" exists
- * a signal comes meanwhile, whose handler makes "handled", sends a descriptor and makes "handler-done").
+ * message without a descriptor), wrong (sendmsg of what can't be read), and three to whose thread something happens when the
+ * file "signal" exists: handler (posix_spawn; a signal comes, whose handler makes "handled", sends a descriptor and makes
+ * "handler-done"), jump (sendmsg; the handler jumps out of it), cancel (sendmsg; the thread is cancelled; makes "handled").
  */
 #include "guest.h"
 
 #include <pthread.h>
+#include <setjmp.h>
 #include <spawn.h>
 #include <sys/socket.h>
 
@@ -155,9 +157,13 @@ static void send_without(bool wrong)
 	close(ends[0]), close(ends[1]);
 }
 
+static sigjmp_buf before;
+
 static void handler(int unused)
 {
 	(void)unused;
+	if (!strcmp(action, "jump"))
+		siglongjmp(before, 1);
 	make("handled");
 	send_descriptor(false);
 	make("handler-done");
@@ -195,7 +201,10 @@ static void act(void)
 		ended_well(child);
 	} else if (!strcmp(action, "system")) {
 		EXPECT_EQ("system", 0, system("true"));
-	} else if (!strcmp(action, "sendmsg")) {
+	} else if (!strcmp(action, "jump")) {
+		if (!sigsetjmp(before, 1))
+			send_descriptor(false);
+	} else if (!strcmp(action, "sendmsg") || !strcmp(action, "cancel")) {
 		send_descriptor(false);
 	} else if (!strcmp(action, "sendmmsg")) {
 		send_descriptor(true);
@@ -204,13 +213,20 @@ static void act(void)
 	}
 }
 
+static void finish(void *unused)
+{
+	(void)unused;
+	make("done");
+	second_is_done = 1;
+}
+
 static void *second_thread(void *unused)
 {
 	prctl(PR_SET_NAME, "second");
+	pthread_cleanup_push(finish, NULL);
 	wait_for("second");
 	act();
-	make("done");
-	second_is_done = 1;
+	pthread_cleanup_pop(1);
 	return unused;
 }
 
@@ -241,16 +257,19 @@ int main(int argc, char **argv)
 	MUST0(pthread_create(&second, NULL, second_thread, NULL));
 	while (!has_child())
 		guest_nap();
-	if (!strcmp(action, "handler")) {
-		struct sigaction act = { .sa_handler = handler };
+	struct sigaction act = { .sa_handler = handler };
 
-		MUST(sigaction(SIGUSR1, &act, NULL));
-	}
+	MUST(sigaction(SIGUSR1, &act, NULL));
 	guest_ready();
-	for (bool signalled = strcmp(action, "handler"); !guest_exists("go"); guest_nap()) {
-		if (!signalled && guest_exists("signal")) {
-			MUST0(pthread_kill(second, SIGUSR1));
-			signalled = true;
+	bool cancels = !strcmp(action, "cancel"), over = !cancels && strcmp(action, "handler") && strcmp(action, "jump");
+	for (; !guest_exists("go"); guest_nap()) {
+		if (!over && guest_exists("signal")) {
+			/* It may have ended, where nothing holds it. */
+			if (cancels)
+				pthread_cancel(second), make("handled");
+			else
+				pthread_kill(second, SIGUSR1);
+			over = true;
 		}
 	}
 	MUST0(pthread_join(first, NULL));

@@ -235,10 +235,37 @@ fn a_signal_handler_may_come_to_the_gate_of_a_waiter() {
     });
 }
 
+#[test]
+fn a_waiter_may_be_cancelled() {
+    held("cancel", &[], |sandbox, job| {
+        wait_at_the_gate(job)?;
+        touch(sandbox, "signal")?;
+        wait_for_file(sandbox, "handled")
+    });
+}
+
+/// Nothing is left behind of a call that never came back.
+#[test]
+fn a_signal_handler_may_jump_out_of_the_gate() {
+    flow("barrier-jump", &guest("jump"), |sandbox, job, nonce| {
+        let dump = start_dump(job, &["--barrier-timeout", LONG])?;
+        wait_closed(guests(job)[0])?;
+        touch(sandbox, "second")?;
+        wait_at_the_gate(job)?;
+        touch(sandbox, "signal")?;
+        wait_for_file(sandbox, "done")?;
+        open_fifo(sandbox)?;
+        let dumped = dump.finish(COMMAND_DEADLINE)?;
+        ensure(late(&dumped)?.is_empty(), "somebody is said to be late", &dumped)?;
+        restored(job, sandbox, nonce)
+    });
+}
+
 /// What fails if the interceptor holds nothing: without it, each action is done at once.
 #[test]
 fn nothing_is_held_without_interceptor() {
-    for action in ["posix_spawn", "posix_spawnp", "vfork", "fork", "exec", "handler", "sendmsg", "sendmmsg"] {
+    let spawning = ["posix_spawn", "posix_spawnp", "vfork", "fork", "exec", "handler"];
+    for action in spawning.into_iter().chain(["sendmsg", "sendmmsg", "cancel"]) {
         not_held(action, &guest(action).without_interceptor());
     }
 }

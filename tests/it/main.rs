@@ -2,6 +2,7 @@
 //! End-to-end tests: one module per area, in it one entry per guest (see `guest_tests!`).
 #![forbid(unsafe_code)]
 
+mod aio;
 mod barrier;
 mod chains;
 mod clock;
@@ -14,8 +15,10 @@ mod eventfd;
 mod external;
 mod files;
 mod flush;
+mod hooks;
 mod image_damage;
 mod incremental;
+mod inotify;
 mod interrupted;
 mod late_changes;
 mod lazy;
@@ -29,16 +32,19 @@ mod sockets;
 mod tcp;
 mod thread;
 mod tty;
+mod uring;
 
 /// A kind of the registry without a guest that misses it would be a kind that nobody knows to be restored.
 #[test]
 fn every_kind_has_a_guest_that_needs_it() {
     let proven = [
+        aio::proven::KINDS,
         clock::proven::KINDS,
         epoll::proven::KINDS,
         eventfd::proven::KINDS,
         external::proven::KINDS,
         files::proven::KINDS,
+        inotify::proven::KINDS,
         locks::proven::KINDS,
         memory::proven::KINDS,
         pipes::proven::KINDS,

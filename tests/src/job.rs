@@ -66,10 +66,49 @@ impl<'a> Job<'a> {
         options: RunOptions,
         command: &[String],
     ) -> Outcome<Job<'a>> {
+        Job::start_under(prefix, sandbox, name, options, &[], command)
+    }
+
+    /// Like [`Job::run`], with more options.
+    ///
+    /// # Errors
+    /// ckpt is not built or refuses.
+    pub fn run_with(sandbox: &'a Sandbox, name: &str, more: &[&str], command: &[String]) -> Outcome<Job<'a>> {
+        Job::start_under(&[], sandbox, name, RunOptions::default(), more, command)
+    }
+
+    /// `ckpt run` in the foreground, beside the test, with more options. The job is there once its command says so.
+    ///
+    /// # Errors
+    /// ckpt is not built or can't be started.
+    pub fn run_attached(
+        sandbox: &'a Sandbox,
+        name: &str,
+        more: &[&str],
+        command: &[String],
+    ) -> Outcome<(Job<'a>, Running)> {
+        let ckpt = stage().ckpt()?.to_string_lossy().into_owned();
+        let job = Job { sandbox, ckpt, name: name.to_owned(), seen: RefCell::default() };
+        let store = sandbox.store.to_string_lossy().into_owned();
+        let words = [&["run", "--name", name, "--store", &store], more, &["--"]].concat();
+        let line: Vec<String> = job.line(&words).into_iter().chain(command.iter().cloned()).collect();
+        let running = sandbox.start(&line, &[])?;
+        Ok((job, running))
+    }
+
+    fn start_under(
+        prefix: &[String],
+        sandbox: &'a Sandbox,
+        name: &str,
+        options: RunOptions,
+        more: &[&str],
+        command: &[String],
+    ) -> Outcome<Job<'a>> {
         let ckpt = stage().ckpt()?.to_string_lossy().into_owned();
         let job = Job { sandbox, ckpt, name: name.to_owned(), seen: RefCell::default() };
         let store = sandbox.store.to_string_lossy().into_owned();
         let mut words: Vec<&str> = vec!["run", "--name", name, "--store", &store, "--detach"];
+        words.extend(more);
         if options.tty {
             words.push("--tty");
         }

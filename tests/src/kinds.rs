@@ -44,6 +44,8 @@ kinds! {
     SHM_FILE = "shm_file";
     /// System V semaphore sets.
     SYSV_SEMAPHORE = "sysv_semaphore";
+    /// Contexts of asynchronous I/O.
+    AIO = "aio";
     /// Content of files that are written.
     SAVED_FILE = "saved_file";
     /// Descriptor tables.
@@ -76,6 +78,8 @@ kinds! {
     SIGNALFD = "signalfd";
     /// Timers as descriptors.
     TIMERFD = "timerfd";
+    /// inotify instances.
+    INOTIFY = "inotify";
 }
 
 /// memfds are shared objects.

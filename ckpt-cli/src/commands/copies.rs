@@ -15,7 +15,7 @@ use ckpt_abi::init_protocol::KillScope;
 use ckpt_engine::error::RestoreError;
 use ckpt_engine::restore::plan;
 use ckpt_engine::restore::read::Image;
-use ckpt_image::store::Store;
+use ckpt_image::store::{Restoration, Store};
 use ckpt_job::{JobName, Registry, RegistryError};
 use ckpt_sys::task::pidfd_open;
 use ckpt_sys::{Errno, Pid};
@@ -23,7 +23,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use crate::args::{FilesPolicy, RestoreArgs};
-use crate::commands::store_directory;
+use crate::commands::{restore, store_directory};
 use crate::exit_code::ExitCode;
 use crate::report::Report;
 
@@ -53,7 +53,8 @@ struct Copy {
 pub fn run(args: &RestoreArgs, number: u32, report: &Report) -> Result<ExitCode> {
     let store = store_directory(&args.store)?;
     let spec = args.checkpoint.to_str().context("the checkpoint's name is not valid UTF-8")?;
-    let image = Image::open(&Store::open(&store)?.resolve(spec)?)?;
+    let path = Store::open(&store)?.resolve(spec)?;
+    let image = Image::open(&path)?;
     let prefix = args.name.as_ref().map_or_else(|| image.job.name.clone(), ToString::to_string);
     let names = (1..=number)
         .map(|n| format!("{prefix}-{n}").parse::<JobName>().map_err(|e| anyhow::anyhow!("{prefix}-{n}: {e}")))
@@ -71,14 +72,35 @@ pub fn run(args: &RestoreArgs, number: u32, report: &Report) -> Result<ExitCode>
         }
     }
     let not_shared_because = why_not_shared(&image)?;
+    let mut noted = restore::note(&path, &image, number, report)?;
     drop(image);
+    // Without a note none of them may have memory that another one has, either.
+    let first = noted.as_ref().map_or(2, Restoration::number);
+    let shared = not_shared_because;
+    let ended = run_noted(args, number, names, (first, &mut noted), &prefix, shared, report);
+    if let (Err(_), Some(noted)) = (&ended, noted) {
+        noted.undo();
+    }
+    ended
+}
+
+fn run_noted(
+    args: &RestoreArgs,
+    number: u32,
+    names: Vec<JobName>,
+    (first, noted): (u32, &mut Option<Restoration>),
+    prefix: &str,
+    not_shared_because: Option<String>,
+    report: &Report,
+) -> Result<ExitCode> {
     let (gate, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
         .map_err(io::Error::from)
         .context("making a gate")?;
     let mut gate = File::from(gate);
     let mut copies = Vec::new();
-    for name in names {
-        match start(args, name, not_shared_because.is_none(), &theirs) {
+    for (place, name) in (1..).zip(names) {
+        let numbers = [place, number, first.saturating_add(place - 1)];
+        match start(args, name, numbers, not_shared_because.is_none(), &theirs) {
             Ok(copy) => copies.push(copy),
             Err(error) => {
                 drop(gate);
@@ -88,10 +110,12 @@ pub fn run(args: &RestoreArgs, number: u32, report: &Report) -> Result<ExitCode>
         }
     }
     drop(theirs);
-    if let Err(failed) = wait_until_ready(&mut gate, &copies, &prefix, report) {
+    if let Err(failed) = wait_until_ready(&mut gate, &copies, prefix, report) {
         drop(gate);
         return Err(give_up(copies, failed));
     }
+    // From here on they may run.
+    *noted = None;
     // At once: a pipe or socket takes so few bytes whole.
     let told = gate.write_all(&vec![GO; copies.len()]);
     drop(gate);
@@ -171,7 +195,14 @@ fn why_not_shared(image: &Image) -> Result<Option<String>> {
     })
 }
 
-fn start(args: &RestoreArgs, name: JobName, mergeable: bool, gate: &OwnedFd) -> Result<Copy> {
+/// `numbers`: which copy it is, of how many, and how many times the checkpoint has been restored with it.
+fn start(
+    args: &RestoreArgs,
+    name: JobName,
+    numbers: [u32; 3],
+    mergeable: bool,
+    gate: &OwnedFd,
+) -> Result<Copy> {
     let memfd = nix::sys::memfd::memfd_create(c"ckpt-copy", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
         .map_err(io::Error::from)
         .context("making a place for messages")?;
@@ -179,6 +210,7 @@ fn start(args: &RestoreArgs, name: JobName, mergeable: bool, gate: &OwnedFd) -> 
     let mut command = Command::new(std::env::current_exe().context("finding ckpt itself")?);
     command.args(["--quiet", "restore", "--detach", "--json"]).arg("--name").arg(name.as_str());
     command.arg(if mergeable { "--as-copy=mergeable" } else { "--as-copy=alone" });
+    command.arg("--copy-number").arg(numbers.map(|n| n.to_string()).join(","));
     if args.lazy {
         command.arg("--lazy");
     }

@@ -72,7 +72,10 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let info = job_info::of(&job, args.tcp)?;
     let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
-    ckpt_engine::dump::check(&info, true)?;
+    if !ckpt_engine::dump::hooks::are_registered(info.init) {
+        // Else it may close it in its on_dump.
+        ckpt_engine::dump::check(&info, true)?;
+    }
     let root = if args.store.store.is_some() {
         store_directory(&args.store)?
     } else {
@@ -122,6 +125,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     ckpt_sys::hook::point();
     let path = claim.publish()?;
     ckpt_sys::hook::point();
+    outcome.published(number);
     let checkpoint = number.map_or_else(|| path.display().to_string(), |n| format!("{name}@{n}"));
     if args.stop {
         // For whoever waits for the job's end; not worth an error, as the job is saved.

@@ -5,13 +5,14 @@ use std::ffi::OsString;
 use std::io::{self};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use ckpt_engine::error::RestoreError;
 use ckpt_engine::restore::read::Image;
+use ckpt_engine::restore::told::Told;
 use ckpt_engine::restore::{FilePolicy, RestoreOptions, page_keeper, plan};
-use ckpt_image::store::Store;
+use ckpt_image::store::{Restoration, Store};
 use ckpt_job::launch::LaunchEvent;
 use ckpt_job::policy::Supervised;
 use ckpt_job::spec::TimeTarget;
@@ -69,12 +70,26 @@ pub struct Request<'a> {
     pub lazy: bool,
     /// Nobody stays with the job.
     pub detach: bool,
-    /// One of several copies: where to wait for the others, and whether the kernel is to look for pages that they share.
-    pub copy: Option<(OwnedFd, bool)>,
+    /// One of several copies.
+    pub copy: Option<AsOneOf>,
     /// What a supervisor is to do.
     pub supervised: Option<Supervised>,
     /// It is its supervisor who starts the job again.
     pub by_supervisor: bool,
+}
+
+/// One of several copies that are restored together.
+pub struct AsOneOf {
+    /// Where to wait for the others.
+    pub gate: OwnedFd,
+    /// The kernel is to look for pages that they share.
+    pub mergeable: bool,
+    /// Which it is, from 1.
+    pub number: u32,
+    /// How many there are.
+    pub copies: u32,
+    /// How many times the checkpoint has been restored, this one included.
+    pub of_checkpoint: u32,
 }
 
 /// A job that was restored.
@@ -112,7 +127,13 @@ pub fn run(args: &RestoreArgs, report: &Report) -> Result<ExitCode> {
         detach: args.detach,
         copy: match args.as_copy {
             None => None,
-            Some(how) => Some((copies::own_gate()?, how == AsCopy::Mergeable)),
+            Some(how) => {
+                let [number, copies, of_checkpoint] = args.copy_number[..] else {
+                    bail!("--as-copy is for ckpt itself; see --copies")
+                };
+                let mergeable = how == AsCopy::Mergeable;
+                Some(AsOneOf { gate: copies::own_gate()?, mergeable, number, copies, of_checkpoint })
+            }
         },
         supervised,
         by_supervisor,
@@ -171,6 +192,21 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
     if !conflicts.0.is_empty() {
         return Err(RestoreError::Conflicts(conflicts).into());
     }
+    let mut told =
+        Told { checkpoint: number_of(&path).unwrap_or(0), name: name.to_string(), ..Told::default() };
+    let noted = match &copy {
+        Some(copy) => {
+            (told.copy, told.copies, told.of_checkpoint) = (copy.number, copy.copies, copy.of_checkpoint);
+            None
+        }
+        None => {
+            let noted = note(&path, &image, 1, report)?;
+            // Without a note it may be another one's memory.
+            told.of_checkpoint = noted.as_ref().map_or(2, Restoration::number);
+            noted
+        }
+    };
+    let mut noted = Noted(noted);
     let work = RestoreWork {
         label: path.display().to_string(),
         options: RestoreOptions {
@@ -184,8 +220,9 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
                 .iter()
                 .map(|p| std::path::absolute(p).map(|p| p.to_string_lossy().into_owned()))
                 .collect::<io::Result<_>>()?,
-            mergeable: copy.as_ref().is_some_and(|(_, mergeable)| *mergeable),
+            mergeable: copy.as_ref().is_some_and(|copy| copy.mergeable),
             rollback_files,
+            told,
         },
         lazy,
         gate: copy.is_some(),
@@ -222,13 +259,54 @@ pub fn start(request: Request<'_>, report: &Report) -> Result<Restored> {
     if lazy {
         pass.push(page_keeper::fork().context("preparing a lazy restore")?);
     }
-    pass.extend(copy.map(|(gate, _)| gate));
+    pass.extend(copy.map(|copy| copy.gate));
     let job = ckpt_job::launch(launch, pass, |event| match event {
         LaunchEvent::Progress(text) => report.progress(&text),
         LaunchEvent::Warning(text) => report.warning(&text),
     });
     report.clear();
-    Ok(Restored { job: job?, command, label: work.label })
+    let job = job?;
+    // It came about.
+    noted.0 = None;
+    Ok(Restored { job, command, label: work.label })
+}
+
+/// A note of a restore, taken back when dropped.
+struct Noted(Option<Restoration>);
+
+impl Drop for Noted {
+    fn drop(&mut self) {
+        if let Some(noted) = self.0.take() {
+            noted.undo();
+        }
+    }
+}
+
+/// The number of a checkpoint in a store.
+fn number_of(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.parse().ok().filter(|number| *number > 0)
+}
+
+/// Notes beside the checkpoint that it is restored so many times. `None` if that can't be: then it counts as one that was restored
+/// before, and a warning says so if that makes a difference.
+///
+/// # Errors
+/// If the image can't be read.
+pub fn note(path: &Path, image: &Image, copies: u32, report: &Report) -> Result<Option<Restoration>> {
+    let matters = plan::has_wiped_memory(image)?;
+    match Restoration::note(path, copies, matters) {
+        Ok(noted) => Ok(Some(noted)),
+        Err(error) => {
+            if matters {
+                report.warning(&format!(
+                    "{}: it can't be noted that it is restored ({error}): memory that is to be shared with no copy (MADV_WIPEONFORK) is \
+                     wiped, as from the second restore on",
+                    path.display()
+                ));
+            }
+            Ok(None)
+        }
+    }
 }
 
 /// The exit code for a checkpoint that can't be read.

@@ -16,6 +16,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use ckpt_abi::hooks::DUMP_NOW_SIGNAL;
+use ckpt_engine::dump::hooks;
 use ckpt_job::client::{Notice, Watch};
 use ckpt_job::policy::{Policy, Supervised};
 use ckpt_job::{ExitStatus, JobName, Registry};
@@ -36,6 +38,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// The pause before a dump is tried again that failed for another reason: something that is refused may be closed meanwhile.
 const RETRY_FAILED: Duration = Duration::from_secs(10);
 
+/// Why a dump is made that the application asks for.
+const ASKED: &str = "the application asks for it";
+
 /// A dump that is wanted.
 #[derive(Clone, Debug)]
 struct Wanted {
@@ -43,6 +48,8 @@ struct Wanted {
     stop: bool,
     /// Tried again by itself, at its next time.
     periodic: bool,
+    /// By the application, which waits for it.
+    asked: bool,
     not_before: Instant,
 }
 
@@ -51,6 +58,7 @@ struct Dumping {
     why: String,
     stop: bool,
     periodic: bool,
+    asked: bool,
     command: Running,
 }
 
@@ -70,6 +78,8 @@ struct Supervisor {
     job: Supervised,
     journal: Journal,
     signals: SignalFd,
+    /// That of the present run, here.
+    init_pid: i32,
     /// What the job's next run gets besides the standard descriptors.
     inherited: Vec<RawFd>,
     wanted: Option<Wanted>,
@@ -140,6 +150,7 @@ impl Supervisor {
             job,
             journal,
             signals,
+            init_pid: 0,
             inherited,
             wanted: None,
             dumping: None,
@@ -186,6 +197,7 @@ impl Supervisor {
     /// Through one run of the job.
     fn run(&mut self, watch: &Watch) -> Result<End> {
         self.schedule_periodic();
+        self.init_pid = watch.init_pid;
         self.triggers = Triggers::new(&self.job, watch.init_pid);
         self.journal.event("supervising");
         self.unwell = None;
@@ -270,10 +282,13 @@ impl Supervisor {
 
     /// Asks for a dump; of several asked for at a time one is made, and the job ends after it if one of them says so.
     fn want(&mut self, why: impl Into<String>, stop: bool, periodic: bool) {
-        let wanted = Wanted { why: why.into(), stop, periodic, not_before: Instant::now() };
+        let wanted = Wanted { why: why.into(), stop, periodic, asked: false, not_before: Instant::now() };
         match &mut self.wanted {
             Some(present) if present.stop || !stop && !present.periodic => {}
-            present => *present = Some(wanted),
+            present => {
+                let asked = present.as_ref().is_some_and(|present| present.asked);
+                *present = Some(Wanted { asked, ..wanted });
+            }
         }
     }
 
@@ -298,6 +313,13 @@ impl Supervisor {
     }
 
     fn start_dump(&mut self, wanted: Wanted) {
+        if wanted.asked && wanted.why == ASKED && !wanted.stop && !hooks::is_asked_for(self.init_pid) {
+            // Another dump has come before, or who asked does not wait any more.
+            if self.next_periodic.is_none() {
+                self.schedule_periodic();
+            }
+            return;
+        }
         let mut command = self.ckpt();
         command.arg("dump").arg(self.job.name.as_str()).arg("--json").args(&self.job.policy.dump_options);
         if wanted.stop {
@@ -305,8 +327,8 @@ impl Supervisor {
         }
         match Running::start(command, false) {
             Ok(command) => {
-                self.dumping =
-                    Some(Dumping { why: wanted.why, stop: wanted.stop, periodic: wanted.periodic, command });
+                let Wanted { why, stop, periodic, asked, .. } = wanted;
+                self.dumping = Some(Dumping { why, stop, periodic, asked, command });
             }
             Err(error) => {
                 self.journal.dump_failed(&format!("dump ({}): starting it: {error}", wanted.why));
@@ -333,15 +355,18 @@ impl Supervisor {
             self.journal.dump_failed(&format!("dump ({why}): failed: {}", one_line(&finished.stderr)));
             // Another dump goes on, or the job's end waits for this one.
             let soon = dumping.stop || finished.code == i32::from(ExitCode::CONFLICT.0);
-            if soon || !dumping.periodic {
+            if dumping.asked && !soon {
+                hooks::tell_failure(self.init_pid);
+            }
+            if soon || !dumping.periodic && why != ASKED {
                 let not_before = Instant::now() + if soon { RETRY } else { RETRY_FAILED };
-                let Dumping { stop, periodic, .. } = *dumping;
-                let again = Wanted { why: why.clone(), stop, periodic, not_before };
+                let Dumping { stop, periodic, asked, .. } = *dumping;
+                let again = Wanted { why: why.clone(), stop, periodic, asked, not_before };
                 // The job's end is not forgotten for another dump that was asked for meanwhile.
                 if stop {
                     self.wanted = Some(again);
                 } else {
-                    self.wanted.get_or_insert(again);
+                    self.wanted.get_or_insert(again).asked |= asked;
                 }
             }
         }
@@ -451,7 +476,14 @@ impl Supervisor {
     /// A signal that init handed on, or that was sent to this process itself.
     fn signalled(&mut self, signal: i32) {
         let asked = self.policy().dump_on.iter().find(|dump| i32::from(dump.signal) == signal).copied();
-        if let Some(asked) = asked {
+        if signal == DUMP_NOW_SIGNAL {
+            self.want(ASKED, asked.is_some_and(|asked| asked.stop), false);
+            if let Some(wanted) = &mut self.wanted {
+                wanted.asked = true;
+                // Somebody waits.
+                wanted.not_before = Instant::now();
+            }
+        } else if let Some(asked) = asked {
             let name = nix::sys::signal::Signal::try_from(signal)
                 .map_or_else(|_| format!("signal {signal}"), |signal| signal.as_str().to_owned());
             self.want(name, asked.stop, false);

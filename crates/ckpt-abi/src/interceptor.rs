@@ -27,8 +27,9 @@
 //! | 32 | 4 | gate: [`GATE_OPEN`] or [`GATE_CLOSED`]; written by the dumper only |
 //! | 40 | 8 | when a closed gate counts as open: `CLOCK_MONOTONIC` as the process reads it, nanoseconds |
 //! | 64 | 64 | sixteen counters of what is under way, by `IN_FLIGHT_…` |
-//! | 128 | 128 | hooks |
+//! | 128 | 128 | hooks, see [`crate::hooks`] |
 //! | 256 | 64 | watches |
+//! | 512 | 128 | what a restored process is told of itself, see [`crate::hooks`] |
 //!
 //! What is not listed is reserved and zero.
 //!
@@ -37,6 +38,7 @@
 //! what it knows as a process without the interceptor. So are those with version 1, which had no gate. The
 //! layout of a version never changes.
 
+use crate::hooks::{COPY_BYTES, COPY_OFFSET, Copy, HOOKS_OFFSET, Hooks};
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -116,11 +118,15 @@ pub struct Control {
     /// What is under way, by `IN_FLIGHT_…`; written by the library only.
     pub in_flight: [AtomicU32; IN_FLIGHT_COUNT],
     /// Hooks of the application.
-    pub hooks: [AtomicU64; 16],
+    pub hooks: Hooks,
     /// Paths of watched files.
     pub watches: [AtomicU64; 8],
+    /// Zero.
+    pub reserved2: [u8; COPY_OFFSET - 320],
+    /// What a restored process is told of itself.
+    pub copy: Copy,
     /// Zero in this version.
-    pub reserved: [u8; CONTROL_SIZE_BYTES - 320],
+    pub reserved: [u8; CONTROL_SIZE_BYTES - COPY_OFFSET - COPY_BYTES],
 }
 
 impl Control {
@@ -138,9 +144,11 @@ impl Control {
             gate_deadline_ns: AtomicU64::new(0),
             reserved1: [0; 2],
             in_flight: [const { AtomicU32::new(0) }; IN_FLIGHT_COUNT],
-            hooks: [const { AtomicU64::new(0) }; 16],
+            hooks: Hooks::new(),
             watches: [const { AtomicU64::new(0) }; 8],
-            reserved: [0; CONTROL_SIZE_BYTES - 320],
+            reserved2: [0; COPY_OFFSET - 320],
+            copy: Copy::new(),
+            reserved: [0; CONTROL_SIZE_BYTES - COPY_OFFSET - COPY_BYTES],
         }
     }
 }
@@ -205,9 +213,10 @@ const _: () = {
     assert!(offset_of!(Control, gate) == 32);
     assert!(offset_of!(Control, gate_deadline_ns) == 40);
     assert!(offset_of!(Control, in_flight) == 64);
-    assert!(offset_of!(Control, hooks) == 128);
+    assert!(offset_of!(Control, hooks) == HOOKS_OFFSET);
     assert!(offset_of!(Control, watches) == 256);
-    assert!(offset_of!(Control, reserved) == 320);
+    assert!(offset_of!(Control, reserved2) == 320);
+    assert!(offset_of!(Control, copy) == COPY_OFFSET);
 };
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod hooks;
 pub mod init_protocol;
 pub mod interceptor;
 pub mod kmod;
+pub mod recorded;

@@ -58,6 +58,8 @@ kinds! {
     ShmFile = 15, "shm_file";
     /// System V semaphore sets.
     SysvSemaphore = 16, "sysv_semaphore";
+    /// Contexts of asynchronous I/O.
+    Aio = 17, "aio";
     /// Content of files that the job is writing.
     SavedFile = 24, "saved_file";
     /// Descriptor tables.
@@ -90,4 +92,6 @@ kinds! {
     Timerfd = 45, "timerfd";
     /// TCP sockets.
     TcpSocket = 46, "tcp_socket";
+    /// inotify(7).
+    Inotify = 47, "inotify";
 }

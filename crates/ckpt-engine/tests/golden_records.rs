@@ -21,16 +21,16 @@ use ckpt_engine::resource::fd::file_lock::Family;
 use ckpt_engine::resource::fd::pipe::PipeContent;
 use ckpt_engine::resource::fd::table::Entry;
 use ckpt_engine::resource::fd::{
-    Opened, char_device, directory, epoll, eventfd, external, fifo, file_lock, pipe, regular_file, signalfd,
-    table, tcp_socket, timerfd, tty, unix_socket,
+    Opened, char_device, directory, epoll, eventfd, external, fifo, file_lock, inotify, pipe, regular_file,
+    signalfd, table, tcp_socket, timerfd, tty, unix_socket,
 };
 use ckpt_engine::resource::memory_map::{Backing, MappedFile, VmaRecord};
 use ckpt_engine::resource::shared_object::Origin;
 use ckpt_engine::resource::signal::Action;
 use ckpt_engine::resource::timer::PosixTimer;
 use ckpt_engine::resource::{
-    attribute, credential, fs_context, job, limit, memory_map, pending_signal, process, rseq, saved_file,
-    scheduler, shared_object, shm_file, signal, sysv_semaphore, thread, timer,
+    aio, attribute, credential, fs_context, job, limit, memory_map, pending_signal, process, rseq,
+    saved_file, scheduler, shared_object, shm_file, signal, sysv_semaphore, thread, timer,
 };
 use ckpt_image::codec::{self, Decode, Encode};
 use std::collections::BTreeMap;
@@ -244,6 +244,12 @@ fn of_processes() -> Vec<Sample> {
                 oom_score_adj: -3,
             },
         ),
+        sample(
+            Kind::Aio,
+            aio::VERSION,
+            "unread",
+            &aio::AioRecord { bytes: 0x0102_0304, head: 5, tail: 0x0607_0809, events: vec![counting(10)] },
+        ),
         sample(Kind::Rseq, rseq::VERSION, "thread", &rseq::RseqRecord { pointer: 1, size: 2, signature: 3 }),
     ]
 }
@@ -377,6 +383,22 @@ fn of_descriptors() -> Vec<Sample> {
             fifo::VERSION,
             "first_end",
             &fifo::FifoRecord { opened: opened(), path: b"/fifo".to_vec(), content: Some(content()) },
+        ),
+        sample(
+            Kind::Inotify,
+            inotify::VERSION,
+            "full",
+            &inotify::InotifyRecord {
+                opened: opened(),
+                number: 0x1516_1718,
+                watches: vec![inotify::WatchRecord {
+                    number: 0x0102_0304,
+                    mask: 0x0506_0708,
+                    path: b"/watched".to_vec(),
+                    state: Some(0x090a_0b0c_0d0e_0f10),
+                }],
+                queued_bytes: 0x1112_1314,
+            },
         ),
         sample(
             Kind::Eventfd,
@@ -595,7 +617,7 @@ fn every_record_has_a_sample() {
         assert!(samples.iter().any(|s| s.kind == *kind), "{} has no sample", kind.name());
     }
     // Parts of other records.
-    let parts = ["VmaRecord"];
+    let parts = ["VmaRecord", "WatchRecord"];
     let mut pending = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/resource")];
     let mut found = 0;
     while let Some(dir) = pending.pop() {

@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use ckpt_abi::hooks::{ANSWER_NOBODY, DUMP_NOW_SIGNAL};
 use ckpt_abi::init_protocol::{KillScope, Kind, VERSION, WindowSize, parse_kill_arg};
 use ckpt_sys::spawn::Reaped;
 use ckpt_sys::{local_socket, pty, spawn};
@@ -400,6 +401,10 @@ impl Supervisor {
         while let Ok(Some(info)) = signals.read_signal() {
             let signal = info.ssi_signo as i32;
             let from_outside = info.ssi_pid == 0;
+            if !from_outside && signal == DUMP_NOW_SIGNAL && info.ssi_code == libc::SI_QUEUE {
+                self.asked_for_dump(info.ssi_pid as i32, info.ssi_ptr);
+                continue;
+            }
             let forwarded =
                 [libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
             // Who finds init in the host's process list and signals it means the job. From inside, pid 1 is immune, as
@@ -411,6 +416,20 @@ impl Supervisor {
             } else if from_outside && forwarded.contains(&signal) {
                 let _ = self.kill(signal, KillScope::Job);
             }
+        }
+    }
+
+    /// A process of the job asks for a dump (`ckpt_abi::hooks`). If nobody is there to make one it is told so at once. Only who may
+    /// signal this process can ask, and what is written there it could write itself.
+    fn asked_for_dump(&mut self, pid: i32, answer: u64) {
+        let told = match self.spec.supervised {
+            Some(_) => self.tell_supervisor(DUMP_NOW_SIGNAL),
+            None => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        };
+        if told.is_err() && pid > 1 {
+            // One that is gone needs no answer.
+            let _ =
+                ckpt_sys::memory::write(ckpt_sys::Pid::from_raw(pid), answer, &ANSWER_NOBODY.to_le_bytes());
         }
     }
 

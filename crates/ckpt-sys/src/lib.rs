@@ -11,6 +11,7 @@ pub mod device;
 pub mod frozen_copy;
 pub mod hook;
 pub mod inject;
+pub mod inotify;
 pub mod local_socket;
 pub mod memory;
 pub mod namespace;

@@ -13,7 +13,8 @@
 //! is dropped. A dumper that is killed leaves them closed for at most [`LEASE`].
 
 use super::control_word::{ControlWord, ControlWords};
-use crate::error::DumpError;
+use super::hooks;
+use crate::error::{DumpError, Refusals};
 use crate::model::Job;
 use crate::model::process::{children, read_proc};
 use ckpt_abi::interceptor::{Control, GATE_CLOSED, GATE_OPEN};
@@ -119,6 +120,8 @@ pub struct Condition {
 pub const CONDITIONS: &[Condition] = &[
     Condition { name: "vfork", pending: lends_memory },
     Condition { name: "rights", pending: descriptors_on_their_way },
+    Condition { name: "aio", pending: crate::resource::aio::pending },
+    Condition { name: "section", pending: critical_section },
 ];
 
 /// The parent of a vfork(2), which posix_spawn(3) and system(3) make, too, sleeps uninterruptibly until the child has called
@@ -137,6 +140,15 @@ fn lends_memory(member: &Member<'_>) -> Vec<Pending> {
     let task = tasks.filter(waits).find_map(|t| t.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
     let what = format!("a posix_spawn or vfork, whose child is pid {},", inner(member.host));
     vec![Pending { task: task.unwrap_or(parent), what }]
+}
+
+/// A critical section of the application. Unlike the others it is not taken as it is when the time is up: see
+/// [`Barrier::refuse_sections`].
+fn critical_section(member: &Member<'_>) -> Vec<Pending> {
+    let name = member.word.and_then(|word| hooks::critical_section(word, || inner(member.host)));
+    name.into_iter()
+        .map(|name| Pending { task: member.host, what: format!("the critical section \"{name}\"") })
+        .collect()
 }
 
 /// Descriptors that were sent to a socket and not received yet (unix(7), SCM_RIGHTS; `scm_fds` in fdinfo).
@@ -164,7 +176,7 @@ fn descriptors_on_their_way(member: &Member<'_>) -> Vec<Pending> {
 }
 
 /// The last of the ids in a task's status: that which it has for itself. 0 if it is gone.
-fn inner(task: Pid) -> i32 {
+pub(crate) fn inner(task: Pid) -> i32 {
     let text = read_proc(format!("/proc/{task}/status")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let ids = text.lines().find_map(|l| l.strip_prefix("NSpid:"));
@@ -255,7 +267,11 @@ impl Barrier {
             }
             // One that was forked before its parent's gate was closed has an open one: it is gone through once more.
         };
-        self.report.late = LateList(late.iter().map(|p| self.late(p)).collect());
+        if !late.is_empty() {
+            self.refuse(self.seen.iter().map(|host| (*host, inner(*host))).collect(), Refusals::process)?;
+        }
+        // A task that is gone was there a moment ago.
+        self.report.late = LateList(late.iter().map(|p| self.late(p)).filter(|l| l.pid != 0).collect());
         self.report.waited_ns += u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         if self.policy.strict && !self.report.late.0.is_empty() {
             return Err(DumpError::Late { timeout: self.policy.timeout, late: self.report.late.clone() });
@@ -266,6 +282,32 @@ impl Barrier {
     /// Whether it makes sense to wait once more after a freeze in which something was found half-way.
     pub fn may_wait(&self) -> bool {
         self.attempts < MOST_ATTEMPTS && self.until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Looks whether a process of a job that stands still is in a critical section, as one may be that passed the gate just before
+    /// that was closed.
+    ///
+    /// # Errors
+    /// [`DumpError::Refused`] with them, as passing.
+    pub fn refuse_sections(&mut self, job: &Job) -> Result<(), DumpError> {
+        let passing = |r: &mut Refusals, pid, what, advice| r.passing(pid, None, what, advice);
+        self.refuse(job.live().map(|p| (p.host, p.pid)).collect(), passing)
+    }
+
+    fn refuse(
+        &mut self,
+        processes: Vec<(Pid, i32)>,
+        add: impl Fn(&mut Refusals, i32, String, &'static str),
+    ) -> Result<(), DumpError> {
+        let mut refusals = Refusals::default();
+        for (host, pid) in processes {
+            let name = self.words.get(host).and_then(|word| hooks::critical_section(word, || pid));
+            if let Some(name) = name {
+                let (what, advice) = hooks::refusal_of_section(&name);
+                add(&mut refusals, pid, what, advice);
+            }
+        }
+        refusals.check()
     }
 
     /// Opens all gates of a job that stands still.

@@ -15,6 +15,7 @@ use ckpt_abi::interceptor::{
     decode_control,
 };
 use ckpt_sys::Pid;
+use ckpt_sys::memory::PAGE;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -24,7 +25,7 @@ use std::os::unix::fs::FileExt;
 /// writing fail.
 #[derive(Debug)]
 pub struct ControlWord {
-    memory: File,
+    memory: Memory,
     address: u64,
 }
 
@@ -33,7 +34,17 @@ impl ControlWord {
     pub fn find(host: Pid) -> Option<ControlWord> {
         let path = format!("/proc/{host}/mem");
         // Only now: what is mapped is of one program, or nothing is found.
-        let memory = File::options().read(true).write(true).open(path).ok()?;
+        let memory = Memory::File(File::options().read(true).write(true).open(path).ok()?);
+        ControlWord::find_in(memory, host)
+    }
+
+    /// That of a process which is being restored and runs nothing yet. Its memory may come when it is touched, which is not the way of
+    /// `/proc/PID/mem`: it asks for a page without waiting for it (userfaultfd(2)).
+    pub fn find_restored(host: Pid) -> Option<ControlWord> {
+        ControlWord::find_in(Memory::Calls(host), host)
+    }
+
+    fn find_in(memory: Memory, host: Pid) -> Option<ControlWord> {
         let address = control_address(&memory, host)?;
         let word = ControlWord { memory, address };
         word.snapshot().filter(|s| s.state != STATE_LOADING).map(|_| word)
@@ -56,7 +67,7 @@ impl ControlWord {
     /// # Errors
     /// UnexpectedEof if the process has executed another program or ended; EINVAL beyond its end.
     pub fn read(&self, offset: usize, buf: &mut [u8]) -> io::Result<()> {
-        self.memory.read_exact_at(buf, self.place(offset, buf.len())?)
+        self.memory.read_exact_at(self.place(offset, buf.len())?, buf)
     }
 
     /// Writes `buf` at `offset`.
@@ -64,7 +75,7 @@ impl ControlWord {
     /// # Errors
     /// WriteZero if the process has executed another program or ended; EINVAL beyond its end.
     pub fn write(&self, offset: usize, buf: &[u8]) -> io::Result<()> {
-        self.memory.write_all_at(buf, self.place(offset, buf.len())?)
+        self.memory.write_all_at(self.place(offset, buf.len())?, buf)
     }
 
     /// The four bytes at `offset`.
@@ -90,13 +101,58 @@ impl ControlWord {
     /// # Errors
     /// EIO if nothing is mapped there.
     pub fn read_memory(&self, address: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.memory.read_exact_at(buf, address)
+        self.memory.read_exact_at(address, buf)
     }
 
     fn place(&self, offset: usize, bytes: usize) -> io::Result<u64> {
         match offset.checked_add(bytes) {
             Some(end) if end <= CONTROL_SIZE_BYTES => Ok(self.address + offset as u64),
             _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+}
+
+/// The memory of a process.
+#[derive(Debug)]
+enum Memory {
+    /// /proc/pid/mem: that of one program, whatever the process does next.
+    File(File),
+    /// process_vm_readv(2) and process_vm_writev(2).
+    Calls(Pid),
+}
+
+impl Memory {
+    /// Reads as much as there is, at least a byte unless `buf` is empty.
+    fn read_at(&self, address: u64, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Memory::File(file) => file.read_at(buf, address),
+            Memory::Calls(pid) => {
+                let mut done = 0;
+                while done < buf.len() {
+                    let at = address + done as u64;
+                    let n = ((PAGE - at % PAGE) as usize).min(buf.len() - done);
+                    match ckpt_sys::memory::read(*pid, at, &mut buf[done..done + n]) {
+                        Ok(()) => done += n,
+                        Err(_) if done > 0 => break,
+                        Err(e) => return Err(e.into()),
+                    }
+                }
+                Ok(done)
+            }
+        }
+    }
+
+    fn read_exact_at(&self, address: u64, buf: &mut [u8]) -> io::Result<()> {
+        match self {
+            Memory::File(file) => file.read_exact_at(buf, address),
+            Memory::Calls(pid) => Ok(ckpt_sys::memory::read(*pid, address, buf)?),
+        }
+    }
+
+    fn write_all_at(&self, address: u64, buf: &[u8]) -> io::Result<()> {
+        match self {
+            Memory::File(file) => file.write_all_at(buf, address),
+            Memory::Calls(pid) => Ok(ckpt_sys::memory::write(*pid, address, buf)?),
         }
     }
 }
@@ -143,16 +199,17 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 }
 
 /// As many of `most` bytes as are readable at `address`.
-fn read_some(memory: &File, address: u64, most: usize) -> Option<Vec<u8>> {
+fn read_some(memory: &Memory, address: u64, most: usize) -> Option<Vec<u8>> {
     let mut bytes = vec![0; most];
     // Nothing of a process lies above; larger numbers would be errors of another kind.
-    let n = memory.read_at(&mut bytes, i64::try_from(address).ok()? as u64).ok()?;
+    let address = i64::try_from(address).ok()? as u64;
+    let n = memory.read_at(address, &mut bytes).ok()?;
     bytes.truncate(n);
     Some(bytes)
 }
 
 /// Tags and values of a dynamic section.
-fn dynamic_section(memory: &File, address: u64) -> Option<Vec<(u64, u64)>> {
+fn dynamic_section(memory: &Memory, address: u64) -> Option<Vec<(u64, u64)>> {
     let bytes = read_some(memory, address, 16 * MOST_ENTRIES)?;
     let pairs = bytes.chunks_exact(16).filter_map(|c| Some((u64_at(c, 0)?, u64_at(c, 8)?)));
     Some(pairs.take_while(|(tag, _)| *tag != DT_NULL).collect())
@@ -163,7 +220,7 @@ fn value(section: &[(u64, u64)], tag: u64) -> Option<u64> {
 }
 
 /// Address of `struct r_debug`.
-fn loader_debug(memory: &File, host: Pid) -> Option<u64> {
+fn loader_debug(memory: &Memory, host: Pid) -> Option<u64> {
     let auxv = std::fs::read(format!("/proc/{host}/auxv")).ok()?;
     let pairs: Vec<(u64, u64)> =
         auxv.chunks_exact(16).filter_map(|c| Some((u64_at(c, 0)?, u64_at(c, 8)?))).collect();
@@ -182,7 +239,7 @@ fn loader_debug(memory: &File, host: Pid) -> Option<u64> {
 }
 
 /// Load address and address of the dynamic section of the interceptor.
-fn library(memory: &File, host: Pid) -> Option<(u64, u64)> {
+fn library(memory: &Memory, host: Pid) -> Option<(u64, u64)> {
     let debug = read_some(memory, loader_debug(memory, host)?, 16)?;
     let mut next = u64_at(&debug, 8)?;
     for _ in 0..MOST_OBJECTS {
@@ -202,7 +259,7 @@ fn library(memory: &File, host: Pid) -> Option<(u64, u64)> {
 }
 
 /// Address of the control word, if the library is there.
-fn control_address(memory: &File, host: Pid) -> Option<u64> {
+fn control_address(memory: &Memory, host: Pid) -> Option<u64> {
     let (base, dynamic) = library(memory, host)?;
     let section = dynamic_section(memory, dynamic)?;
     // The loader has turned offsets into addresses.

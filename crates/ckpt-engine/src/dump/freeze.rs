@@ -74,7 +74,7 @@ fn pending_signals(tid: Pid) -> Result<u64, Errno> {
 
 /// Some calls return EINTR because of the stop alone. They are issued again, at once, so that the application doesn't
 /// see it whatever happens to the dumper next.
-fn reissue_interrupted_call(tid: Pid) -> Result<(), DumpError> {
+pub(super) fn reissue_interrupted_call(tid: Pid) -> Result<(), DumpError> {
     let step = || {
         let r = ptrace::registers(tid)?;
         if arch::interrupted(&r, true) == arch::Interrupted::ByUs

@@ -8,6 +8,7 @@ pub mod discover;
 pub mod dumpable;
 pub mod flush;
 pub mod freeze;
+pub mod hooks;
 pub mod pace;
 pub mod phases;
 pub mod short_write;
@@ -83,9 +84,16 @@ pub struct DumpReport {
     pub warnings: Vec<String>,
     /// Keeps a job frozen that is to be stopped, until the checkpoint is published.
     frozen: Option<freeze::FrozenJob>,
+    /// After `frozen`: callbacks are told to go on when they can.
+    cooperation: hooks::Cooperation,
 }
 
 impl DumpReport {
+    /// Tells processes that have asked for the dump that it is there. `number` is that of the checkpoint, if it has one.
+    pub fn published(&mut self, number: Option<u64>) {
+        self.cooperation.published(number.unwrap_or(0));
+    }
+
     /// Kills a job that was kept frozen for [`DumpRequest::stop`]; call it when the checkpoint has been published.
     pub fn stop_job(&mut self) {
         if let Some(f) = self.frozen.take() {
@@ -123,6 +131,8 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     } = request;
     info.tracked.extend(incremental.iter().flat_map(|i| i.tracking.watched()));
     let mut phases = Phases::default();
+    let mut cooperation = hooks::Cooperation::begin(info.init, barrier)?;
+    phases.end("hooks");
     let mut found = discover::discover(&info, true)?;
     let prepared = engine.prepare(&found.job, stop)?;
     found.check_room(prepared.as_ref(), compression, free_bytes, dir)?;
@@ -153,7 +163,8 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
             Some(prepared) => prepared,
             None => engine.prepare(&found.job, stop)?,
         };
-        match still(&found.job, prepared, tracker.as_mut(), &mut barrier, how, assume, &mut phases) {
+        let helpers = (&mut barrier, &mut cooperation);
+        match still(&found.job, prepared, tracker.as_mut(), helpers, how, assume, &mut phases) {
             Ok(Some(taken)) => break taken,
             // It changed how its memory behaves just before it was frozen: rare, and now everything is read while it is.
             Ok(None) if assume => {
@@ -161,6 +172,7 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
                 if let Some(tracker) = &mut tracker {
                     tracker.begin_again();
                 }
+                cooperation.again()?;
             }
             Ok(None) => return Err(DumpError::JobEnded),
             // It had passed the gate just before that was closed.
@@ -168,7 +180,8 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
             Err(error) => return Err(error),
         }
     };
-    let barrier = barrier.report();
+    let mut barrier = barrier.report();
+    barrier.late.0.splice(0..0, cooperation.late());
     let Taken { collected, mut snapshot, pause, processes, threads, mut warnings, frozen, flush } = taken;
     warnings
         .extend(barrier.late.0.iter().map(|late| format!("not at a safe point when it was frozen: {late}")));
@@ -201,6 +214,7 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
         phases,
         warnings,
         frozen,
+        cooperation,
     })
 }
 
@@ -235,7 +249,7 @@ fn still(
     before: &Job,
     engine: Box<dyn Prepared>,
     tracker: Option<&mut Tracker>,
-    barrier: &mut Barrier,
+    (barrier, cooperation): (&mut Barrier, &mut hooks::Cooperation),
     how: How<'_>,
     assume: bool,
     phases: &mut Phases,
@@ -243,6 +257,8 @@ fn still(
     ckpt_sys::hook::before_freeze();
     let started = Instant::now();
     let mut frozen = freeze::freeze(before, assume, phases)?;
+    barrier.refuse_sections(&frozen.job)?;
+    cooperation.still_holds()?;
     barrier.open(&frozen.job);
     let mut warnings = Vec::new();
     let mut collected = collect::collect(&mut frozen, before, &mut warnings)?;
@@ -254,6 +270,10 @@ fn still(
     }
     let mut snapshot = snapshot::take(engine, tracker, &mut frozen, &mut collected)?;
     phases.end("snapshot");
+    cooperation.note_asking();
+    if !how.stop {
+        cooperation.end_while_frozen();
+    }
     // All that was written until now has to be on the disk when the checkpoint is complete.
     let flush = how.flush.then(|| flush::Flush::of(&frozen.job));
     let (processes, threads) = (frozen.job.live().count(), frozen.job.live().map(|p| p.threads.len()).sum());

@@ -5,6 +5,7 @@ pub mod build_id;
 pub mod file;
 pub mod memory;
 pub mod process;
+pub mod watched;
 
 use crate::error::{DumpError, Refusals};
 use ckpt_sys::Pid;
@@ -86,6 +87,8 @@ pub struct Job {
     pub groups: HashMap<i32, i32>,
     /// Build-ids of mapped files, as *discover* read them.
     pub build_ids: build_id::BuildIds,
+    /// Paths of watched files, found once.
+    pub watched: watched::Watched,
     /// Order of descriptors (process as ckpt sees it, number) among those of one inode, as kcmp(2) has it.
     order: HashMap<(Pid, i32), usize>,
 }
@@ -139,7 +142,8 @@ impl Job {
         refusals: &mut Refusals,
     ) -> Result<Job, DumpError> {
         let order = before.map_or_else(HashMap::new, |b| b.order.clone());
-        let mut job = Job { info: info.clone(), order, ..Job::default() };
+        let watched = before.map_or_else(Default::default, |b| b.watched.clone());
+        let mut job = Job { info: info.clone(), order, watched, ..Job::default() };
         let mut inner = HashMap::from([(info.init, 1)]);
         let mut pending = process::children(info.init);
         while let Some(host) = pending.pop() {

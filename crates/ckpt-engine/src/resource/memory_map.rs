@@ -44,7 +44,7 @@ pub enum Backing {
         /// Offset in bytes.
         offset: u64,
     },
-    /// The vDSO or its data.
+    /// The vDSO or its data, or the ring of an AIO context.
     Kernel {
         /// Name in brackets.
         name: String,
@@ -215,7 +215,7 @@ fn refuse_flags(pid: i32, v: &Vma, named: &str, tracked: bool, refusals: &mut Re
 }
 
 fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
-    if v.is_vdso_part() {
+    if v.is_vdso_part() || super::aio::is_ring(v) {
         return;
     }
     let named = named(v);
@@ -234,8 +234,6 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
             format!("{named} is an io_uring"),
             "io_uring is not supported; many programs can do without it by an option",
         );
-    } else if v.name.starts_with("/[aio]") {
-        refusals.process(p.pid, format!("{named} is an AIO context"), "AIO is not supported");
     } else if v.name.starts_with("/SYSV") {
         refusals.process(p.pid, format!("{named} is System V shared memory"), "not supported");
     } else {
@@ -271,7 +269,7 @@ pub fn confirm(collected: &mut Collected, snapshot: &mut dyn Snapshot) -> Result
         if !found.eq(assumed.iter().copied()) {
             return Ok(false);
         }
-        for v in vmas.iter().filter(|v| !v.is_vdso_part()) {
+        for v in vmas.iter().filter(|v| !v.is_vdso_part() && !super::aio::is_ring(v)) {
             refuse_flags(*pid, v, &named(v), collected.tracked.contains(pid), &mut refusals);
         }
         collected.mappings.insert(*pid, vmas);
@@ -312,8 +310,14 @@ impl MemoryMapResource {
         let (mut files, mut vmas) = (Vec::<MappedFile>::new(), Vec::new());
         let (mut plain, mut over_file) = (Vec::new(), Vec::new());
         for v in &p.vmas {
-            let backing = if v.is_vdso_part() {
+            let made_by_kernel =
+                v.is_vdso_part() || super::aio::is_ring(v) && !super::aio::is_inherited(p, v);
+            let backing = if made_by_kernel {
                 Backing::Kernel { name: v.name.clone() }
+            } else if super::aio::is_ring(v) {
+                // What a child has of its parent's ring is memory like any other.
+                plain.push(range(v, Pages::All));
+                Backing::Anonymous
             } else if let Some(object) = super::shared_object::of_mapping(cx.out, v) {
                 if !v.shared {
                     over_file.push(range(v, Pages::Private));

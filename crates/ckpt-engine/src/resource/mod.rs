@@ -6,6 +6,7 @@
 //! other objects, *finish* (positions, locks, protections) and *arm* (timers) when it is restored. No step has a
 //! default: a kind that forgets one does not compile.
 
+pub mod aio;
 pub mod attribute;
 pub mod credential;
 pub mod fd;
@@ -394,6 +395,7 @@ pub static REGISTRY: &[&dyn Resource] = &[
     &sysv_semaphore::SysvSemaphoreResource,
     &shared_object::SharedObjectResource,
     &memory_map::MemoryMapResource,
+    &aio::AioResource,
     &thread::ThreadResource,
     &signal::SignalResource,
     &pending_signal::PendingSignalResource,
@@ -416,6 +418,7 @@ pub static REGISTRY: &[&dyn Resource] = &[
     &fd::epoll::EpollResource,
     &fd::signalfd::SignalfdResource,
     &fd::timerfd::TimerfdResource,
+    &fd::inotify::InotifyResource,
     &fd::unix_socket::UnixSocketResource,
     &fd::tcp_socket::TcpSocketResource,
     &fd::table::FdTableResource,

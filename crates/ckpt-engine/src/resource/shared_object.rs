@@ -60,7 +60,7 @@ const ANONYMOUS_NAME: &str = "/memfd:ckpt-shared-anonymous";
 
 /// Whether the mapping is of memory that only the kernel keeps: a memfd, shared anonymous memory, a deleted file.
 pub fn is_memory_object(v: &Vma) -> bool {
-    v.is_file() && v.deleted
+    v.is_file() && v.deleted && !super::aio::is_ring(v)
 }
 
 /// The object of a mapping, if it is of one.

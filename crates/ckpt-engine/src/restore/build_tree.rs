@@ -41,6 +41,8 @@ pub struct Build<'a> {
     pub pipes: BTreeMap<u64, (i32, i32)>,
     /// Ends of socket pairs being rebuilt, by inode number: where they are kept.
     pub sockets: BTreeMap<u64, (i32, i32)>,
+    /// Rebuilt inotify instances.
+    pub inotify: Vec<crate::resource::fd::inotify::Placed>,
     /// Files to be put back.
     pub rollbacks: super::rollback::Rollbacks,
     /// First descriptor number of each process that its table doesn't use.
@@ -90,6 +92,7 @@ impl<'a> Build<'a> {
             objects: BTreeMap::new(),
             pipes: BTreeMap::new(),
             sockets: BTreeMap::new(),
+            inotify: Vec::new(),
             free_numbers: plan.free_numbers.clone(),
             plan,
             warnings: Vec::new(),

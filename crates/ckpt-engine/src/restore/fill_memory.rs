@@ -37,6 +37,8 @@ enum Way {
     Leave,
     /// By writing.
     Write,
+    /// Not at all: they stay zero.
+    Never,
 }
 
 /// The memory of a process that is being filled.
@@ -62,7 +64,7 @@ impl Space {
         let (mut at, end) = (run.offset, run.offset + run.bytes);
         while at < end {
             match self.way(at, end) {
-                (next, Way::Leave) => at = next,
+                (next, Way::Leave | Way::Never) => at = next,
                 _ => return false,
             }
         }
@@ -75,7 +77,7 @@ impl Space {
             let (next, way) = self.way(at, end);
             let part = &content[(at - start) as usize..(next - start) as usize];
             match (way, &self.userfault) {
-                (Way::Leave, _) => {}
+                (Way::Leave | Way::Never, _) => {}
                 (Way::Copy, Some(u)) => {
                     let (mut to, mut left) = (at, part);
                     while !left.is_empty() {
@@ -122,6 +124,8 @@ pub fn fill(build: &mut Build<'_>) -> Result<(), RestoreError> {
         }
     }
     let huge_pages = HugePages::of_host();
+    let is_copy = build.request.options.told.is_copy();
+    let wiped = |v: &&VmaRecord| is_copy && is_wiped_in_copies(v);
     let mut spaces = Vec::new();
     for (pid, m) in &records {
         let extents = stored(build.image.reader.runs(m.object));
@@ -129,12 +133,19 @@ pub fn fill(build: &mut Build<'_>) -> Result<(), RestoreError> {
         if let Some(prepared) = &prepared {
             let left = prepared.left(*pid);
             space.stretches = left.into_iter().map(|(start, end)| (start, end, Way::Leave)).collect();
+            space.stretches.extend(m.vmas.iter().filter(wiped).map(|v| (v.start, v.end, Way::Never)));
+            space.stretches.sort_unstable_by_key(|(start, ..)| *start);
         } else if !extents.is_empty() {
             // Without it everything is written.
             space.userfault = userfault_of(build, *pid, userfault::USER_MODE_ONLY, 0)?.ok();
         }
-        if let Some(u) = &space.userfault {
+        if prepared.is_none() {
             for v in m.vmas.iter().filter(|v| is_private_anonymous(v)) {
+                if wiped(&v) {
+                    space.stretches.push((v.start, v.end, Way::Never));
+                    continue;
+                }
+                let Some(u) = &space.userfault else { continue };
                 for (start, end) in small_pages((v.start, v.end), &extents, huge_pages.used_for(v)) {
                     // What can't be registered is written.
                     if u.register(start, end - start).is_ok() {
@@ -260,6 +271,12 @@ fn place(reader: &Reader, run: &Run, target: &Target<'_>, buf: &mut Vec<u8>) -> 
 /// Private memory of no file, which is what userfaultfd fills.
 pub fn is_private_anonymous(v: &VmaRecord) -> bool {
     v.backing == Backing::Anonymous && v.flags & libc::MAP_SHARED == 0
+}
+
+/// Memory that only one process is to have, as where random generators keep their state: a forked child finds zeros there, and so does a
+/// second job that is restored from the same checkpoint.
+pub fn is_wiped_in_copies(v: &VmaRecord) -> bool {
+    is_private_anonymous(v) && v.advice.contains(&libc::MADV_WIPEONFORK)
 }
 
 /// What runs cover together: sorted, neighbours joined.

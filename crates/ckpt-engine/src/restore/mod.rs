@@ -13,6 +13,7 @@ pub mod ports;
 pub mod read;
 pub mod resume;
 pub mod rollback;
+pub mod told;
 pub mod working_set;
 
 use crate::error::RestoreError;
@@ -53,6 +54,9 @@ pub struct RestoreOptions {
     /// Put files back whose content is in the image.
     #[serde(default)]
     pub rollback_files: bool,
+    /// What the restored processes are told of themselves.
+    #[serde(default)]
+    pub told: told::Told,
 }
 
 /// What init provides.

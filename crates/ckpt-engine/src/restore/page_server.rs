@@ -13,7 +13,9 @@
 //! See docs/adr/0015-lazy-restore.md.
 
 use super::build_tree::Build;
-use super::fill_memory::{is_private_anonymous, leave_semaphore_undo_list, stored, userfault_of};
+use super::fill_memory::{
+    is_private_anonymous, is_wiped_in_copies, leave_semaphore_undo_list, stored, userfault_of,
+};
 use super::page_keeper::{Keeper, MANY};
 use super::read::Image;
 use super::working_set::WorkingSet;
@@ -260,11 +262,13 @@ pub fn prepare(
 ) -> Result<Result<Prepared, String>, RestoreError> {
     let mut spaces = Vec::new();
     let mut small_left = if ckpt_sys::hook::page_server_held() { 0 } else { MOST_SMALL_BYTES };
+    let is_copy = build.request.options.told.is_copy();
+    let wiped = |v: &VmaRecord| is_copy && is_wiped_in_copies(v);
     for (pid, m) in records {
         let extents = stored(build.image.reader.runs(m.object));
         let mut missing = Missing::default();
         let mut mappings = Vec::new();
-        for v in m.vmas.iter().filter(|v| is_lazy(v)) {
+        for v in m.vmas.iter().filter(|v| is_lazy(v) && !wiped(v)) {
             let first = extents.partition_point(|(_, end)| *end <= v.start);
             let within: Vec<(u64, u64)> = extents[first..]
                 .iter()

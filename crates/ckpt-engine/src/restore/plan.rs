@@ -2,6 +2,7 @@
 //! Plan: everything outside the image that must be as it was is looked at before anything is built, and every conflict
 //! is named at once.
 
+use super::fill_memory::is_wiped_in_copies;
 use super::read::Image;
 use super::{FilePolicy, RestoreRequest};
 use crate::error::{Conflict, Conflicts, RestoreError};
@@ -33,6 +34,8 @@ pub struct Plan {
     pub free_numbers: BTreeMap<i32, i32>,
     /// Files to cut back to the length they had: path, then and now.
     pub cuts: Vec<(Vec<u8>, FileStat, FileStat)>,
+    /// What the job's inotify instances watch, as it is before anything is built.
+    pub watched: BTreeMap<u64, crate::resource::fd::inotify::Look>,
     /// Files to be put back from the content in the image.
     pub rollbacks: super::rollback::Changes,
 }
@@ -138,7 +141,9 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
         m.check(r.owner)?;
         for v in &m.vmas {
             taken.push((v.start, v.end, v.flags & libc::MAP_GROWSDOWN != 0));
-            if let Backing::Kernel { name } = &v.backing {
+            if let Backing::Kernel { name } = &v.backing
+                && name != crate::resource::aio::RING_NAME
+            {
                 let size = v.end - v.start;
                 if !own.iter().any(|o| o.name == *name && o.bytes() == size) {
                     let text = format!(
@@ -177,6 +182,7 @@ pub fn plan(image: &Image, request: &RestoreRequest) -> Result<Plan, RestoreErro
             });
         }
     }
+    plan.watched = crate::resource::fd::inotify::look(image, &mut conflicts)?;
     conflicts.extend(super::ports::conflicts(image, &[])?);
     if image.job.uid != nix::unistd::geteuid().as_raw() && !nix::unistd::geteuid().is_root() {
         conflicts.push(Conflict {
@@ -311,6 +317,20 @@ pub fn is_mergeable_by_itself(image: &Image) -> Result<bool, RestoreError> {
     for r in image.of_kind(Kind::MemoryMap) {
         let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
         if m.vmas.iter().any(|v| v.advice.contains(&libc::MADV_MERGEABLE)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether the job has memory that is not to be shared with a forked child (MADV_WIPEONFORK).
+///
+/// # Errors
+/// If a record does not decode.
+pub fn has_wiped_memory(image: &Image) -> Result<bool, RestoreError> {
+    for r in image.of_kind(Kind::MemoryMap) {
+        let m: MemoryMapRecord = decode(r, crate::resource::memory_map::VERSION)?;
+        if m.vmas.iter().any(is_wiped_in_copies) {
             return Ok(true);
         }
     }

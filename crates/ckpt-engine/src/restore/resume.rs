@@ -7,6 +7,7 @@ use super::plan::VDSO_ROOM;
 use crate::error::RestoreError;
 use crate::kind::Kind;
 use crate::resource::decode;
+use crate::resource::fd::inotify::Placed;
 use crate::resource::fd::regular_file::Cuts;
 use crate::resource::memory_map::MemoryMapRecord;
 use crate::resource::signal::SignalRecord;
@@ -19,6 +20,7 @@ use ckpt_sys::{Pid, arch, libc, ptrace};
 pub struct Ready {
     tasks: Vec<Pid>,
     cuts: Cuts,
+    inotify: Vec<Placed>,
     rollbacks: super::rollback::Rollbacks,
 }
 
@@ -41,6 +43,7 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
     };
     order.sort_by_key(|pid| (!build.processes[pid].stopped, -depth(*pid)));
     for pid in order {
+        super::told::tell(&build, pid);
         let own = finalise(&mut build, pid)?;
         if build.processes[&pid].stopped {
             stop_again(&mut build, pid, &own)?;
@@ -55,7 +58,12 @@ pub fn prepare(mut build: Build<'_>) -> Result<Rebuilt, RestoreError> {
         phases_ns: Vec::new(),
         page_server: build.page_server.take(),
         eager_because: build.eager_because.take(),
-        ready: Ready { tasks, cuts: Cuts::of(&build)?, rollbacks: std::mem::take(&mut build.rollbacks) },
+        ready: Ready {
+            tasks,
+            cuts: Cuts::of(&build)?,
+            inotify: std::mem::take(&mut build.inotify),
+            rollbacks: std::mem::take(&mut build.rollbacks),
+        },
     })
 }
 
@@ -164,6 +172,9 @@ impl Ready {
         let mut said = self.cuts.cut()?;
         let cuts = &self.cuts;
         said.extend(self.rollbacks.put_back(|path, left| cuts.note_left(path, left))?);
+        for instance in &self.inotify {
+            instance.settle()?;
+        }
         for t in &self.tasks {
             ptrace::detach(*t).map_err(RestoreError::errno(t.as_raw(), "letting it go"))?;
         }

@@ -9,6 +9,7 @@
 mod claim;
 mod error;
 mod partial;
+mod restored;
 mod retention;
 mod squash;
 
@@ -25,6 +26,7 @@ pub use claim::Claim;
 pub use error::StoreError;
 pub(crate) use partial::hold_names;
 use partial::{PARTIAL_SUFFIX, REMOVED_SUFFIX, REPLACED_SUFFIX, SQUASH_SUFFIX, Swept};
+pub use restored::{RESTORED_FILE, Restoration};
 pub use retention::{Keep, Pruned};
 pub use squash::{Squash, Squashed};
 

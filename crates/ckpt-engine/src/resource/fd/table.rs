@@ -68,6 +68,7 @@ impl Resource for FdTableResource {
             Kind::Signalfd,
             Kind::Timerfd,
             Kind::TcpSocket,
+            Kind::Inotify,
         ]
     }
 

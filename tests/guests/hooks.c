@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+/*
+ * An application with hooks, critical sections, and dumps that it asks for (include/ckpt-hooks.h). What happens it writes to the
+ * file `events`, a line each; the harness makes and removes files that it looks for:
+ *
+ *   veto    on_dump objects while it is there
+ *   hold    on_dump waits while it is there
+ *   leave   the section is left; die: the process in the section dies
+ *   ask     a dump is asked for
+ *   wiped   memory that is to be shared with no copy has to be zero
+ */
+#include "guest.h"
+
+#include "../../include/ckpt-hooks.h"
+
+#include <pthread.h>
+
+/* on_dump less on_resume and on_restore, of each registration. */
+static int outstanding[2];
+static const char *const names[] = { "a", "b" };
+
+__attribute__((format(printf, 1, 2))) static void event(const char *format, ...)
+{
+	char path[PATH_MAX], line[256];
+	va_list arguments;
+
+	va_start(arguments, format);
+	int length = vsnprintf(line, sizeof(line) - 1, format, arguments);
+	va_end(arguments);
+	line[length++] = '\n';
+	int fd = MUST(open(guest_path(path, sizeof(path), "events"), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644));
+	EXPECT_EQ("bytes of an event", length, write(fd, line, length));
+	close(fd);
+}
+
+static void check_thread(void)
+{
+	char name[16] = "";
+	sigset_t set;
+
+	MUST(prctl(PR_GET_NAME, name));
+	EXPECT_STR("name of the thread", "ckpt-hooks", name);
+	MUST0(pthread_sigmask(SIG_SETMASK, NULL, &set));
+	for (int signal = 1; signal < 32; signal++)
+		if (signal != SIGKILL && signal != SIGSTOP)
+			EXPECT(sigismember(&set, signal) == 1);
+}
+
+static int on_dump(void *user)
+{
+	int which = (int)(intptr_t)user;
+
+	check_thread();
+	EXPECT_EQ("dumps that have had no end", 0, outstanding[which]++);
+	EXPECT_EQ("a dump asked for from a callback", CKPT_NOT_HERE, ckpt_dump_now(1000, NULL));
+	event("dump %s %d", names[which], getpid());
+	while (guest_exists("hold"))
+		guest_nap();
+	return guest_exists("veto");
+}
+
+static void on_resume(void *user)
+{
+	int which = (int)(intptr_t)user;
+
+	check_thread();
+	EXPECT_EQ("dumps that have an end", 1, outstanding[which]--);
+	event("resume %s %d", names[which], getpid());
+}
+
+static void on_restore(void *user, const struct ckpt_restored *restored)
+{
+	int which = (int)(intptr_t)user;
+	struct ckpt_restored again = { .size = sizeof(again) };
+
+	check_thread();
+	/* It may be that on_dump was not waited for, or not called at all. */
+	outstanding[which] = 0;
+	EXPECT_EQ("ckpt_get_restored", CKPT_OK, ckpt_get_restored(&again));
+	EXPECT_MEM("what a copy is told", &again, restored, sizeof(again));
+	event("restore %s %d restores=%u of=%u copy=%u/%u checkpoint=%llu name=%s", names[which], getpid(),
+	      restored->restores, restored->of_checkpoint, restored->copy, restored->copies,
+	      (unsigned long long)restored->checkpoint, restored->name);
+}
+
+static int enlist(int which)
+{
+	struct ckpt_hooks hooks = {
+		.size = sizeof(hooks),
+		.user = (void *)(intptr_t)which,
+		.on_dump = on_dump,
+		.on_resume = on_resume,
+		.on_restore = on_restore,
+	};
+	return ckpt_hooks_register(&hooks);
+}
+
+/* Whether there is an interceptor; else nothing of all this happens, and the guest is dumped and restored all the same. */
+static bool is_under_ckpt(void)
+{
+	int count = ckpt_restore_count();
+
+	if (count == CKPT_NOT_UNDER_CKPT)
+		event("alone");
+	return count != CKPT_NOT_UNDER_CKPT;
+}
+
+static void finish(void)
+{
+	guest_wait_go();
+	guest_ok();
+}
+
+static void *steps(void *unused)
+{
+	(void)unused;
+	/* Nearly always in one. */
+	for (;;) {
+		EXPECT_EQ("begin", CKPT_OK, ckpt_critical_begin(NULL));
+		int before = ckpt_restore_count();
+		for (volatile int spin = 0; spin < 200000; spin++)
+			;
+		EXPECT_EQ("restores within a critical section", before, ckpt_restore_count());
+		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
+	}
+	return NULL;
+}
+
+static void wait_in_section(void)
+{
+	EXPECT_EQ("begin", CKPT_OK, ckpt_critical_begin("the outer one"));
+	EXPECT_EQ("begin within", CKPT_OK, ckpt_critical_begin("a name that is longer than what there is room for"));
+	EXPECT_EQ("a dump asked for from a section", CKPT_NOT_HERE, ckpt_dump_now(1000, NULL));
+	EXPECT_EQ("end within", CKPT_OK, ckpt_critical_end());
+}
+
+static void wipe(size_t bytes)
+{
+	unsigned char *kept = MUST(mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+	unsigned char *gap = MUST(mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+	unsigned char *wiped = MUST(mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+
+	(void)gap;
+	MUST(madvise(wiped, bytes, MADV_WIPEONFORK));
+	for (size_t at = 0; at < bytes; at++)
+		kept[at] = wiped[at] = at % 251 + 1;
+	guest_ready();
+	guest_wait_go();
+	bool expected = guest_exists("wiped");
+	for (size_t at = 0; at < bytes; at++) {
+		EXPECT_EQ("memory that is the same in all copies", at % 251 + 1, kept[at]);
+		EXPECT_EQ("memory that is the first one's", expected ? 0 : at % 251 + 1, wiped[at]);
+	}
+	/* It still is what it was. */
+	pid_t child = MUST(fork());
+	if (!child) {
+		wiped[0] = 1;
+		_exit(0);
+	}
+	EXPECT_EQ("the child's status", 0, guest_reap(child));
+	wiped[0] = 7;
+	child = MUST(fork());
+	if (!child)
+		_exit(wiped[0]);
+	EXPECT_EQ("what a forked child finds", 0, guest_reap(child));
+	guest_ok();
+}
+
+int main(int argc, char **argv)
+{
+	guest_begin(argc, argv);
+	const char *mode = argc > 2 ? argv[2] : "callbacks";
+
+	if (!strcmp(mode, "wipe"))
+		wipe((size_t)atoi(argv[3]) << 10);
+	bool under_ckpt = is_under_ckpt();
+	if (!under_ckpt) {
+		EXPECT_EQ("register", CKPT_NOT_UNDER_CKPT, enlist(0));
+		EXPECT_EQ("begin", CKPT_NOT_UNDER_CKPT, ckpt_critical_begin("x"));
+		EXPECT_EQ("end", CKPT_NOT_UNDER_CKPT, ckpt_critical_end());
+		EXPECT_EQ("dump", CKPT_NOT_UNDER_CKPT, ckpt_dump_now(0, NULL));
+		guest_ready();
+		finish();
+	}
+	EXPECT_EQ("end without a begin", CKPT_NOT_HERE, ckpt_critical_end());
+	if (!strcmp(mode, "callbacks")) {
+		size_t bytes = argc > 3 ? (size_t)atoi(argv[3]) << 10 : 0;
+		unsigned char *memory = malloc(bytes + 1);
+
+		memset(memory, 0x5a, bytes + 1);
+		struct ckpt_hooks wrong = { .size = 8 };
+
+		EXPECT_EQ("a wrong size", CKPT_INVALID, ckpt_hooks_register(&wrong));
+		int first = enlist(0), second = enlist(1), third = enlist(0);
+		EXPECT(first > 0 && second > first && third > second);
+		EXPECT_EQ("unregister", CKPT_OK, ckpt_hooks_unregister(third));
+		EXPECT_EQ("unregister twice", CKPT_INVALID, ckpt_hooks_unregister(third));
+		EXPECT_EQ("threads", 2, guest_threads(getpid(), (pid_t[8]){ 0 }, 8));
+		guest_ready();
+		guest_wait_go();
+		for (size_t at = 0; at <= bytes; at++)
+			EXPECT_EQ("memory", 0x5a, memory[at]);
+		guest_ok();
+	} else if (!strcmp(mode, "family")) {
+		int *stand = guest_shared(sizeof(int));
+
+		EXPECT(enlist(0) > 0);
+		EXPECT_EQ("begin", CKPT_OK, ckpt_critical_begin("not the children's"));
+		for (int n = 0; n < 2; n++) {
+			if (MUST(fork()))
+				continue;
+			EXPECT_EQ("the section of the parent", CKPT_NOT_HERE, ckpt_critical_end());
+			EXPECT_EQ("threads of a child", 1, guest_threads(getpid(), (pid_t[8]){ 0 }, 8));
+			outstanding[0] = 0;
+			if (n == 0)
+				EXPECT(enlist(1) > 0);
+			__atomic_fetch_add(stand, 1, __ATOMIC_SEQ_CST);
+			guest_wait_go();
+			_exit(0);
+		}
+		/* This one does not call anything: it has its parent's section, and its thread's id, in a copy. */
+		if (!MUST(fork())) {
+			__atomic_fetch_add(stand, 1, __ATOMIC_SEQ_CST);
+			guest_wait_go();
+			_exit(0);
+		}
+		while (__atomic_load_n(stand, __ATOMIC_SEQ_CST) < 3)
+			guest_nap();
+		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
+		guest_ready();
+		guest_wait_go();
+		for (int n = 0, status; n < 3; n++) {
+			MUST(wait(&status));
+			EXPECT_EQ("a child's status", 0, status);
+		}
+		guest_ok();
+	} else if (!strcmp(mode, "section")) {
+		wait_in_section();
+		guest_ready();
+		while (!guest_exists("leave"))
+			guest_nap();
+		event("left");
+		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
+		EXPECT_EQ("one end too many", CKPT_NOT_HERE, ckpt_critical_end());
+		finish();
+	} else if (!strcmp(mode, "dies")) {
+		int *stand = guest_shared(sizeof(int));
+		pid_t child = MUST(fork());
+
+		if (!child) {
+			wait_in_section();
+			__atomic_store_n(stand, 1, __ATOMIC_SEQ_CST);
+			while (!guest_exists("die"))
+				guest_nap();
+			kill(getpid(), SIGKILL);
+		}
+		while (!__atomic_load_n(stand, __ATOMIC_SEQ_CST))
+			guest_nap();
+		guest_ready();
+		EXPECT_EQ("the child's status", SIGKILL, guest_reap(child));
+		event("died");
+		finish();
+	} else if (!strcmp(mode, "steps")) {
+		pthread_t threads[2];
+
+		for (int n = 0; n < 2; n++)
+			MUST0(pthread_create(&threads[n], NULL, steps, NULL));
+		guest_ready();
+		finish();
+	} else if (!strcmp(mode, "now")) {
+		uint64_t checkpoint = 0;
+
+		guest_ready();
+		while (!guest_exists("ask"))
+			guest_nap();
+		int result = ckpt_dump_now(atoi(argv[3]), &checkpoint);
+		event("now %d checkpoint=%llu restores=%d", result, (unsigned long long)checkpoint, ckpt_restore_count());
+		finish();
+	}
+	guest_fail("no such mode: %s", mode);
+}
