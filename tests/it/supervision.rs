@@ -189,18 +189,29 @@ fn expect_eq<T: PartialEq + std::fmt::Debug>(what: &str, found: T, expected: T) 
     if found == expected { Ok(()) } else { Err(Failure(format!("{what}: {found:?}, not {expected:?}"))) }
 }
 
-/// Counts in the file `count`, for as long as it is let; `n` is only in memory, so that it tells what was restored.
-const COUNTS: &str = "n=0; while :; do n=$((n+1)); echo $n > count; sleep 0.02; done";
+/// Counts in the file `count`, for as long as it is let; `n` is only in memory, so that it tells what was restored. The file is written in
+/// one piece and never truncated: whenever the job is stopped or killed there is a number in it.
+const COUNTS: &str = "n=0; while :; do n=$((n+1)); echo $n 1<>count; sleep 0.02; done";
+
+/// Behind the first line may be the rest of a longer number, of a run before.
+fn counted(text: &str) -> Option<u64> {
+    text.lines().next()?.parse().ok()
+}
 
 /// The number that [`COUNTS`] has come to.
 fn count(job: &Named<'_>) -> Outcome<u64> {
-    let text = job.work_says("count", |text| text.trim().parse::<u64>().is_ok())?;
-    Ok(text.trim().parse().unwrap_or(0))
+    let text = job.work_says("count", |text| counted(text).is_some())?;
+    Ok(counted(&text).unwrap_or(0))
+}
+
+/// What is in the file from now on is new. It stays where it is: a checkpoint may have it open.
+fn forget_count(sandbox: &Sandbox) -> Outcome<()> {
+    fs::write(sandbox.work.join("count"), b"").map_err(|error| Failure(format!("count: {error}")))
 }
 
 fn counts_on(job: &Named<'_>, from: u64) -> Outcome<u64> {
-    let text = job.work_says("count", |text| text.trim().parse::<u64>().is_ok_and(|n| n > from))?;
-    Ok(text.trim().parse().unwrap_or(0))
+    let text = job.work_says("count", |text| counted(text).is_some_and(|n| n > from))?;
+    Ok(counted(&text).unwrap_or(0))
 }
 
 #[test]
@@ -337,7 +348,7 @@ fn resume_goes_on_from_the_newest_whole_checkpoint() {
         let middle = bytes.len() / 2;
         bytes[middle] ^= 0x40;
         fs::write(&pages, bytes).map_err(|error| Failure(error.to_string()))?;
-        let _ = fs::remove_file(sandbox.work.join("count"));
+        forget_count(sandbox)?;
         let resumed = expect(job.start(&["--resume", "--detach"], COUNTS)?.finish(COMMAND_DEADLINE)?, 0)?;
         if !resumed.stderr.contains("resume@2 is skipped")
             || !resumed.stderr.contains("goes on from resume@1")
@@ -351,7 +362,7 @@ fn resume_goes_on_from_the_newest_whole_checkpoint() {
         // Without a whole one: a fresh start.
         fs::write(sandbox.store.join("resume/1/records"), b"x")
             .map_err(|error| Failure(error.to_string()))?;
-        let _ = fs::remove_file(sandbox.work.join("count"));
+        forget_count(sandbox)?;
         job.run(&["--resume"], "trap 'exit 9' USR1; echo 1 > count; while :; do sleep 0.02; done")?;
         expect_eq("a fresh count", count(&job)?, 1)?;
         // Signals reach it as if it had been started at once.
