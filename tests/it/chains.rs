@@ -122,6 +122,14 @@ fn a_chain_by_its_commands() {
             expect(&job.ckpt(&["list"], &[])?, 0, &["@2 (missing)"])?;
             fs::rename(&aside, &base_dir).map_err(failure)?;
 
+            // A part of it is missing.
+            let pages = base_dir.join("pages");
+            fs::rename(&pages, &aside).map_err(failure)?;
+            for words in [&["verify", &newest][..], &["restore", &newest, "--detach"]] {
+                expect(&job.ckpt(words, &[])?, CORRUPT, &["guest/3", "guest/2/pages", "needs it"])?;
+            }
+            fs::rename(&aside, &pages).map_err(failure)?;
+
             // Killed at every step, and then again, until there are no more.
             for at in 1.. {
                 let at = at.to_string();

@@ -102,3 +102,37 @@ fn across_a_restore(sandbox: &Sandbox, environment: &[(&str, &str)]) -> Outcome<
     })
     .ok_or_else(|| Failure(format!("output of the restored job: expected {expected:?}, got {got:?}")))
 }
+
+#[test]
+fn more_open_files_than_half_the_soft_limit() {
+    each_user("external-many-files", Users::Both, |sandbox| {
+        let ready = sandbox.work.join("ready");
+        let script = format!(
+            "for i in {{10..700}}; do eval \"exec $i</etc/passwd\"; done; read -r first <&700; echo ready > '{0}'; \
+             until [ -e '{1}' ]; do sleep 0.02; done; read -r second <&700; \
+             [ \"$second\" = \"$(sed -n 2p /etc/passwd)\" ] || exit 9; ulimit -S -n > '{2}'",
+            ready.display(),
+            sandbox.work.join("go").display(),
+            sandbox.work.join("limit").display(),
+        );
+        let words = ["bash", "-c", &format!("ulimit -S -n 720; {script}")].map(String::from);
+        let job = Job::run(sandbox, "many", RunOptions::default(), &words)?;
+        let wait_for = |file: &str| {
+            let path = sandbox.work.join(file);
+            let text = || fs::read_to_string(&path).ok().filter(|text| text.ends_with('\n'));
+            poll_until(GUEST_DEADLINE, text).ok_or_else(|| Failure(format!("there is no {}", path.display())))
+        };
+        wait_for("ready")?;
+        job.dump(&[])?;
+        job.kill()?;
+        let restored = job.ckpt_after("ulimit -S -n 720", &["restore", "many", "--detach"])?;
+        if restored.code != 0 {
+            return Err(Failure(restored.report()));
+        }
+        fs::write(sandbox.work.join("go"), "").map_err(|error| Failure(format!("go: {error}")))?;
+        match wait_for("limit")?.trim() {
+            "720" => Ok(()),
+            other => Err(Failure(format!("the soft limit of the restored job is {other}"))),
+        }
+    });
+}

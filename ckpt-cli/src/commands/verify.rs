@@ -68,9 +68,9 @@ pub fn code_of(error: &ReadError) -> Option<ExitCode> {
             Some(ExitCode::NOT_FOUND)
         }
         ReadError::Io { .. } => None,
-        // The checkpoint is there, but what it is built on cannot be opened.
-        ReadError::Parent { source, .. } => match **source {
-            ReadError::Io { .. } => None,
+        // The checkpoint is there, but a file of what it is built on is not, or cannot be opened.
+        ReadError::Parent { source, .. } => match &**source {
+            ReadError::Io { source, .. } if source.kind() != std::io::ErrorKind::NotFound => None,
             _ => Some(ExitCode::CORRUPT),
         },
         _ => Some(ExitCode::CORRUPT),

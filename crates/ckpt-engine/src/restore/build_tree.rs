@@ -11,9 +11,10 @@ use super::read::Image;
 use crate::error::RestoreError;
 use crate::kind::Kind;
 use crate::resource::decode;
+use crate::resource::fd::table::FdTableRecord;
 use crate::resource::process::ProcessRecord;
-use ckpt_sys::area::{Area, Batch, CallId};
-use ckpt_sys::{Pid, libc, ptrace};
+use ckpt_sys::area::{Area, Batch, CallId, RemoteError};
+use ckpt_sys::{Errno, Pid, libc, ptrace};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -114,7 +115,7 @@ impl<'a> Build<'a> {
     ) -> Result<(Vec<u64>, T), RestoreError> {
         let mut b = self.area.batch();
         let t = fill(&mut b);
-        Ok((b.run(Pid::from_raw(tid)).map_err(RestoreError::remote(tid))?, t))
+        Ok((b.run(Pid::from_raw(tid)).map_err(|e| explained(tid, e))?, t))
     }
 
     /// Runs one call in a task.
@@ -368,6 +369,50 @@ impl<'a> Build<'a> {
         let err = |what: &str| RestoreError::errno(pid, what.to_owned());
         nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).map_err(err("kill"))?;
         ptrace::reap(Pid::from_raw(pid)).map(drop).map_err(err("wait for a stand-in"))
+    }
+}
+
+/// The error of a batch; what comes of RLIMIT_NOFILE says so.
+fn explained(tid: i32, error: RemoteError) -> RestoreError {
+    match &error {
+        // F_DUPFD answers EINVAL if the least number is beyond the limit.
+        RemoteError::Call { what, errno: Errno::EINVAL, .. } if what.starts_with("fcntl F_DUPFD") => {}
+        // inotify has a limit of its own with the same answer.
+        RemoteError::Call { what, errno: Errno::EMFILE, .. } if !what.starts_with("inotify") => {}
+        _ => return RestoreError::remote(tid)(error),
+    }
+    let (_, hard) = ckpt_sys::task::limit(Pid::this(), libc::RLIMIT_NOFILE).unwrap_or_default();
+    RestoreError::Host(format!(
+        "rebuilding pid {tid} takes more descriptors than the limit of {hard} open files allows: up to twice as many as the \
+         process had; raise the hard limit (ulimit -Hn, LimitNOFILE= of systemd) and restore again"
+    ))
+}
+
+/// Raises this process's limit of open files, which the tasks to come inherit until they get their own, so that what a
+/// process has open fits beside what is kept for it. Where that is forbidden the call that needs the room says so.
+///
+/// # Errors
+/// A record that makes no sense, or setrlimit(2).
+pub fn make_room_for_descriptors(image: &Image, plan: &Plan) -> Result<(), RestoreError> {
+    let mut files = BTreeSet::new();
+    for r in image.of_kind(Kind::FdTable) {
+        let t: FdTableRecord = decode(r, crate::resource::fd::table::VERSION)?;
+        files.extend(t.entries.iter().map(|e| e.file));
+    }
+    // A few more come and go while something is rebuilt.
+    const SPARE: u64 = 64;
+    let highest = plan.free_numbers.values().copied().max().unwrap_or(0);
+    let needed = highest as u64 + files.len() as u64 + SPARE;
+    let this = Pid::this();
+    let failed = |e| RestoreError::errno(1, "the limit of open files")(e);
+    let (soft, hard) = ckpt_sys::task::limit(this, libc::RLIMIT_NOFILE).map_err(failed)?;
+    if soft >= needed {
+        return Ok(());
+    }
+    let set = |soft, hard| ckpt_sys::task::set_limit(this, libc::RLIMIT_NOFILE, soft, hard);
+    match set(needed, hard.max(needed)) {
+        Err(Errno::EPERM) => set(hard, hard).map_err(failed),
+        other => other.map_err(failed),
     }
 }
 

@@ -137,6 +137,7 @@ fn rebuild_with(request: &RestoreRequest, server: &mut Option<PageServer>) -> Re
     let image = Arc::new(read::read(request)?);
     done("read");
     let plan = plan::plan(&image, request)?;
+    build_tree::make_room_for_descriptors(&image, &plan)?;
     let mut build = Build::new(request, &image, plan)?;
     done("plan");
     if !ckpt_sys::hook::skipped(Kind::Process.name()) {
