@@ -260,6 +260,18 @@ pub struct SupervisionArgs {
     pub hang_after: Option<Span>,
 }
 
+impl SupervisionArgs {
+    /// Whether there are options that only say how dumps are made.
+    pub fn is_about_dumps(&self) -> bool {
+        self.keep.is_some()
+            || self.incremental
+            || self.compress.is_some()
+            || self.engine.is_some()
+            || self.io_limit.is_some()
+            || self.flush
+    }
+}
+
 /// Save all of a job
 ///
 /// The job goes on afterwards, unless --stop is given; it stands still only while its state is collected, not while that is written.
@@ -637,6 +649,8 @@ pub struct RmArgs {
     pub store: StoreArg,
 
     /// Of each job, remove all but the newest N checkpoints.
+    ///
+    /// What restores have cut off the job's files is moved beside the checkpoints, as with any removal, and named.
     ///
     /// Older ones stay as long as a kept incremental checkpoint is built on them, but no more than --keep-needed: then the kept one is
     /// made a full one first (see `ckpt squash`). Whatever interrupts this, the kept ones are whole.

@@ -157,9 +157,10 @@ pub fn is_storage(error: &std::io::Error) -> bool {
 fn of_registry(error: &RegistryError) -> Option<ExitCode> {
     match error {
         RegistryError::NotFound(_) | RegistryError::NotSupervised(_) => Some(ExitCode::NOT_FOUND),
-        RegistryError::NameTaken(_) | RegistryError::BeingDumped(_) | RegistryError::Recovering(_) => {
-            Some(ExitCode::CONFLICT)
-        }
+        RegistryError::NameTaken(_)
+        | RegistryError::BeingDumped(_)
+        | RegistryError::Recovering(_)
+        | RegistryError::Supervised(_) => Some(ExitCode::CONFLICT),
         _ => None,
     }
 }
@@ -175,6 +176,7 @@ pub fn of_class(class: StartErrorClass) -> Option<ExitCode> {
         StartErrorClass::Conflict => Some(ExitCode::CONFLICT),
         StartErrorClass::Refused => Some(ExitCode::REFUSED),
         StartErrorClass::NotFound => Some(ExitCode::NOT_FOUND),
+        StartErrorClass::Storage => Some(ExitCode::NO_SPACE),
     }
 }
 

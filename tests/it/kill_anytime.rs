@@ -147,14 +147,14 @@ fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
     }
 }
 
-/// Every file below `dir` with its length and modification time.
+/// Every file below `dir` with its length and modification time, but for the notes of how often a checkpoint was restored.
 fn inventory(dir: &Path) -> Vec<(String, u64, Option<std::time::SystemTime>)> {
     let mut all = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let Ok(metadata) = entry.metadata() else { continue };
         if metadata.is_dir() {
             all.extend(inventory(&entry.path()));
-        } else {
+        } else if entry.file_name() != ckpt_image::store::RESTORED_FILE {
             all.push((entry.path().to_string_lossy().into_owned(), metadata.len(), metadata.modified().ok()));
         }
     }

@@ -283,6 +283,8 @@ fn options_without_effect_are_refused() {
         let job = Named::new(sandbox, "usage");
         for options in [
             &["--keep", "2"][..],
+            &["--incremental"],
+            &["--flush"],
             &["--every", "5"],
             &["--dump-on", "KILL"],
             &["--dump-at", "cpu"],

@@ -2,6 +2,7 @@
 //! `ckpt rm`: remove checkpoints.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use ckpt_engine::dump::pace::Pace;
@@ -20,6 +21,20 @@ struct Outcome {
     squashed: Vec<String>,
     /// Not removed, because something that stays is built on them.
     needed: Vec<String>,
+    /// Where that is now which restores had cut off the job's files, and was kept in a removed checkpoint.
+    cut_ends: Vec<String>,
+}
+
+impl Outcome {
+    fn cut_ends(&mut self, kept: &[PathBuf], args: &RmArgs, report: &Report) {
+        for path in kept {
+            let path = path.display().to_string();
+            if !args.json {
+                report.print(&format!("kept {path}, which a restore had cut off a file"));
+            }
+            self.cut_ends.push(path);
+        }
+    }
 }
 
 /// Runs the command.
@@ -51,7 +66,8 @@ fn remove(args: &RmArgs, store: &Store, outcome: &mut Outcome, report: &Report) 
     for (job, numbers) in doomed {
         // Incremental checkpoints before those that they are built on.
         for n in numbers.into_iter().rev() {
-            store.remove(&job, n)?;
+            let kept = store.remove(&job, n)?;
+            outcome.cut_ends(&kept, args, report);
             told(&mut outcome.removed, "removed", &job, &[n], args, report);
         }
         store.sweep(&job)?;
@@ -88,6 +104,7 @@ fn keep_newest(
         report.clear();
         told(&mut outcome.squashed, "squashed", &job, &done.squashed, args, report);
         told(&mut outcome.removed, "removed", &job, &done.removed, args, report);
+        outcome.cut_ends(&done.kept, args, report);
         told(&mut outcome.needed, "still needed:", &job, &done.needed, args, report);
         store.sweep(&job)?;
     }

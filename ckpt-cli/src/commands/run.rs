@@ -32,9 +32,10 @@ pub fn run(args: &RunArgs, report: &Report) -> Result<ExitCode> {
         (Some(_), Some(name)) => Registry::open()?.supervised(name)?.policy,
         _ => policy(args),
     };
-    if !policy.needs_supervisor() && args.supervision.keep.is_some() {
+    if !policy.needs_supervisor() && args.supervision.is_about_dumps() {
         bail!(Usage(
-            "--keep N is for dumps that ckpt makes on its own: give --every, --dump-on, --dump-at or --dump-when, too"
+            "--keep, --incremental, --compress, --engine, --io-limit and --flush are for dumps that ckpt makes on its own: give \
+             --every, --dump-on, --dump-at or --dump-when, too"
         ));
     }
     let directory = std::env::current_dir().context("finding the working directory")?;

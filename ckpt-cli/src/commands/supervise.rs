@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use ckpt_job::policy::Supervised;
 use ckpt_job::{JobName, Registry};
 
@@ -23,7 +23,7 @@ pub fn run(args: &SuperviseArgs, report: &Report) -> Result<ExitCode> {
     ckpt_job::status(&args.name)?;
     let job = registry.supervised(&args.name)?;
     let Some(lock) = registry.lock_supervision(&args.name)? else {
-        bail!("job '{}' has a supervisor already; see: ckpt ps", args.name);
+        return Err(ckpt_job::RegistryError::Supervised(args.name.clone()).into());
     };
     start(&args.name, lock, keeps_descriptors(&job))?;
     report.note(&format!("job {} is supervised again", args.name));

@@ -48,12 +48,14 @@ pub enum StartErrorClass {
     Refused = 6,
     /// Something needed is not there.
     NotFound = 7,
+    /// The store is full or can't be written to.
+    Storage = 8,
 }
 
 impl StartErrorClass {
     pub(crate) fn from_number(number: i64) -> StartErrorClass {
         use StartErrorClass::*;
-        [CommandNotFound, CommandNotExecutable, HostCannot, Corrupt, Conflict, Refused, NotFound]
+        [CommandNotFound, CommandNotExecutable, HostCannot, Corrupt, Conflict, Refused, NotFound, Storage]
             .into_iter()
             .find(|class| *class as i64 == number)
             .unwrap_or(Failure)
@@ -338,7 +340,12 @@ pub fn open_log(path: &Path) -> Result<File, StartError> {
         }
         File::options().append(true).create(true).mode(0o600).open(path)
     };
-    open().map_err(|error| StartError::io(&format!("opening the job's log {}", path.display()), error))
+    open().map_err(|error| {
+        StartError::new(
+            StartErrorClass::Storage,
+            format!("opening the job's log {}: {error}", path.display()),
+        )
+    })
 }
 
 fn open_terminal(spec: &LaunchSpec) -> Result<JobPty, StartError> {

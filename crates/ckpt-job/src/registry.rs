@@ -63,6 +63,9 @@ pub enum RegistryError {
     /// A supervisor is about to start a job of that name again.
     #[error("job '{0}' has failed and its supervisor is about to start it again; end it with: ckpt kill {0}")]
     Recovering(JobName),
+    /// Somebody supervises it.
+    #[error("job '{0}' has a supervisor already; see: ckpt ps")]
+    Supervised(JobName),
     /// Nobody asked for supervision.
     #[error(
         "job '{0}' is not supervised: it was started without --every, --dump-on, --dump-at, --dump-when or --recover"

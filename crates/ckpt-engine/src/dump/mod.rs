@@ -198,7 +198,12 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let memory_bytes = found.memory_bytes + shared_bytes;
     let mut advance = |n| progress(n, memory_bytes);
     let (same, pace) = (tracker.as_ref().map_or(&[][..], Tracker::same), Pace::new(io_limit));
-    let (summary, account) = write::write(writer, collected, snapshot.as_mut(), same, &pace, &mut advance)?;
+    let written = write::write(writer, collected, snapshot.as_mut(), same, &pace, &mut advance);
+    let (summary, account) = written.map_err(|error| match error {
+        // The frozen copies are in its pid namespace, and end with it.
+        DumpError::CopyLost { .. } if !is_alive(found.job.info.init) => DumpError::JobEnded,
+        error => error,
+    })?;
     phases.end("write");
     let incremental = tracker.map(Tracker::finish);
     Ok(DumpReport {
@@ -216,6 +221,11 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
         frozen,
         cooperation,
     })
+}
+
+fn is_alive(host: i32) -> bool {
+    let stat = procfs::process::Process::new(host).and_then(|p| p.stat());
+    stat.is_ok_and(|s| !matches!(s.state, 'Z' | 'X'))
 }
 
 /// What remains of the time in which the job stood still.

@@ -74,6 +74,32 @@ pub struct SweepReport {
     pub failed: Vec<(PathBuf, String)>,
 }
 
+/// Begins the names of the files in which a restore keeps what it has cut off others.
+const CUT_PREFIX: &str = "cut-";
+
+/// Moves what restores have cut off the job's files out of a checkpoint that goes, beside it: it is not in the checkpoint, and nowhere else.
+/// Returns the new names.
+fn keep_cut_ends(doomed: &Path, number: u64) -> io::Result<Vec<PathBuf>> {
+    let mut kept = Vec::new();
+    let Some(job_dir) = doomed.parent() else { return Ok(kept) };
+    let listing = match fs::read_dir(doomed) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(kept),
+        listing => listing?,
+    };
+    for entry in listing {
+        let name = entry?.file_name();
+        let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(CUT_PREFIX)) else { continue };
+        let to = job_dir.join(format!("{CUT_PREFIX}{number}-{rest}"));
+        match claim::rename_new(&doomed.join(&name), &to) {
+            Ok(()) => kept.push(to),
+            // Somebody else sweeps, too.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(kept)
+}
+
 impl Store {
     /// Opens the store at `root`, creating it with mode 0700 if it is not there.
     ///
@@ -214,13 +240,14 @@ impl Store {
     }
 
     /// Removes a complete checkpoint, and sweeps what dead dumps of the job left. It is invisible from the first
-    /// moment on; an interrupted removal is completed by the next claim or removal.
+    /// moment on; an interrupted removal is completed by the next claim or removal. What restores have cut off the job's files, and
+    /// kept in it, is moved beside it; returned is where to.
     ///
     /// # Errors
     /// [`StoreError::Needed`] if incremental checkpoints are built on it, also such as are being written: nothing is
     /// removed then. [`StoreError::NoSuchJob`], [`StoreError::NoSuchCheckpoint`], [`StoreError::BadJobName`],
     /// [`StoreError::Io`].
-    pub fn remove(&self, job: &str, number: u64) -> Result<(), StoreError> {
+    pub fn remove(&self, job: &str, number: u64) -> Result<Vec<PathBuf>, StoreError> {
         let path = self.checkpoint_dir(job, number)?;
         let job_dir = self.job_dir(job)?;
         // Dumps that are dead need nothing.
@@ -241,12 +268,13 @@ impl Store {
         });
         drop(names_held);
         hidden.inspect_err(|_| drop(fs::remove_file(path.join(partial::LOCK_FILE))))?;
-        let removed = partial::remove_held(&doomed);
+        let removed =
+            keep_cut_ends(&doomed, number).and_then(|kept| partial::remove_held(&doomed).map(|()| kept));
         drop(held);
-        removed.map_err(StoreError::io(&doomed, "remove it"))?;
+        let kept = removed.map_err(StoreError::io(&doomed, "remove it"))?;
         self.sweep(job)?;
         fs::remove_dir(&job_dir).ok();
-        Ok(())
+        Ok(kept)
     }
 
     /// An error if the checkpoint at `path` is the parent of another one.
@@ -293,7 +321,7 @@ impl Store {
                 }
                 Entry::Removed(number) => {
                     let path = job_dir.join(format!("{number}{REMOVED_SUFFIX}"));
-                    let swept = partial::sweep(&path);
+                    let swept = keep_cut_ends(&path, number).and_then(|_| partial::sweep(&path));
                     (path, swept)
                 }
                 Entry::Squash(number) => {

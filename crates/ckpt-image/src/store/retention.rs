@@ -4,6 +4,7 @@
 use super::error::StoreError;
 use super::squash::Squash;
 use super::{CheckpointEntry, Store};
+use std::path::PathBuf;
 
 /// What to keep of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub struct Pruned {
     pub removed: Vec<u64>,
     /// Checkpoints that are older than the ones to keep and stay, because something that stays is built on them.
     pub needed: Vec<u64>,
+    /// Where that is now which restores had cut off the job's files, and was kept in a removed checkpoint.
+    pub kept: Vec<PathBuf>,
 }
 
 impl Store {
@@ -63,7 +66,10 @@ impl Store {
             old.iter().rev().filter(|entry| !pruned.needed.contains(&entry.number)).collect::<Vec<_>>()
         {
             match self.remove(job, entry.number) {
-                Ok(()) => pruned.removed.push(entry.number),
+                Ok(kept) => {
+                    pruned.removed.push(entry.number);
+                    pruned.kept.extend(kept);
+                }
                 // A dump that goes on is built on it.
                 Err(StoreError::Needed { .. }) => pruned.needed.push(entry.number),
                 Err(StoreError::NoSuchCheckpoint { .. } | StoreError::NoSuchJob { .. }) => {}

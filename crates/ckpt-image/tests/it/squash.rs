@@ -377,7 +377,7 @@ fn removals_race_with_dumps() {
                 for _ in 0..120 {
                     for entry in store.list_job(JOB).unwrap() {
                         match store.remove(JOB, entry.number) {
-                            Ok(())
+                            Ok(_)
                             | Err(
                                 StoreError::Needed { .. }
                                 | StoreError::NoSuchCheckpoint { .. }

@@ -410,3 +410,27 @@ fn a_read_only_store_can_be_read() {
     }
     assert_eq!(store.list().unwrap().len(), 1);
 }
+
+/// What a restore cut off somebody's file is not in the checkpoint, and nowhere else.
+#[test]
+fn removing_keeps_what_restores_have_cut_off() {
+    let scratch = Scratch::new("cut-ends");
+    let store = Store::open(scratch.path()).unwrap();
+    for number in [1, 2] {
+        assert_eq!(dump(&store, "job"), number);
+        let path = store.resolve("job").unwrap();
+        fs::write(path.join("cut-77-0-log"), format!("end {number}")).unwrap();
+        fs::write(path.join("cuts"), b"{}").unwrap();
+    }
+    let job_dir = scratch.path().join("job");
+    let kept = store.remove("job", 1).unwrap();
+    assert_eq!(kept, [job_dir.join("cut-1-77-0-log")]);
+    // A removal that was interrupted after the checkpoint was hidden.
+    fs::rename(job_dir.join("2"), job_dir.join("2.removed.partial")).unwrap();
+    store.sweep("job").unwrap();
+    assert!(!job_dir.join("2.removed.partial").exists());
+    for number in [1, 2] {
+        let text = fs::read_to_string(job_dir.join(format!("cut-{number}-77-0-log"))).unwrap();
+        assert_eq!(text, format!("end {number}"));
+    }
+}
