@@ -37,9 +37,10 @@
  * @ref: held by sessions and snapshots
  * @node: in the list of all, guarded by ckpt_spaces_lock
  * @mm: its memory, kept from reuse (mmgrab) but not alive
- * @lock: held while a snapshot is taken; guards @generation and @base
+ * @lock: held while a snapshot is taken; guards @generation, @base and @mergeable
  * @generation: the soft-dirty bits tell what changed since it; zero if unknown
  * @base: by PMD index, which table held the entries when @generation began
+ * @mergeable: KSM might merge its pages when @generation began
  * @snapshots: live ones
  *
  * The soft-dirty bits belong to the address space and not to a session, so
@@ -52,6 +53,7 @@ struct ckpt_space {
 	struct mutex lock;
 	u64 generation;
 	struct xarray base;
+	bool mergeable;
 	atomic_t snapshots;
 };
 

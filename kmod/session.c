@@ -8,6 +8,7 @@
 #include <linux/random.h>
 #include <linux/sched/coredump.h>
 #include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
@@ -244,8 +245,8 @@ static int ckpt_check_attacher(const struct ckpt_session *session)
 		goto out;
 	}
 	task_lock(task);
-	/* A leader that has exited before its threads has none. */
-	if (task->mm && task->mm != session->space->mm)
+	/* A leader that has exited before its threads has none, and neither has a zombie. */
+	if (task->mm ? task->mm != session->space->mm : !atomic_read(&task->signal->live))
 		err = -ESRCH;
 	task_unlock(task);
 	if (!err && !ckpt_same_creds(session->creds, __task_cred(task)))

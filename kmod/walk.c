@@ -34,7 +34,7 @@
  * struct ckpt_walk - The state of a walk
  * @snap: what is filled
  * @mm: the memory
- * @incremental: leave out what has not changed since the base
+ * @incremental: leave out what has not changed since the base, and the bits tell
  * @clear: clear the soft-dirty bits and begin a new base
  * @base: the new base
  * @spare: a zeroed table that was not needed
@@ -141,13 +141,21 @@ static pte_t ckpt_protect_pte(pte_t *ptep, bool clear)
 	return old;
 }
 
-/* Puts an entry back; what the processor has set since stays. */
-static void ckpt_restore_pte(pte_t *ptep, pte_t to)
+/*
+ * Puts an entry back; what the processor has set since stays. Its page is one that
+ * I/O may write to behind the page tables: if the bits are cleared, it stays dirty.
+ */
+static void ckpt_restore_pte(pte_t *ptep, pte_t to, bool clear)
 {
 	pte_t old = READ_ONCE(*ptep), new;
 
+	if (clear)
+		to = pte_mksoft_dirty(to);
 	do {
 		new = pte_young(old) ? pte_mkyoung(to) : to;
+		/* Only if need be: it sets the soft-dirty bit, too. */
+		if (pte_dirty(old) && !pte_dirty(to))
+			new = pte_mkdirty(new);
 	} while (!try_cmpxchg((long *)&ptep->pte, (long *)&old.pte, pte_val(new)));
 }
 
@@ -163,12 +171,16 @@ static pmd_t ckpt_protect_pmd(pmd_t *pmdp, bool clear)
 	return old;
 }
 
-static void ckpt_restore_pmd(pmd_t *pmdp, pmd_t to)
+static void ckpt_restore_pmd(pmd_t *pmdp, pmd_t to, bool clear)
 {
 	pmd_t old = READ_ONCE(*pmdp), new;
 
+	if (clear)
+		to = pmd_mksoft_dirty(to);
 	do {
 		new = pmd_young(old) ? pmd_mkyoung(to) : to;
+		if (pmd_dirty(old) && !pmd_dirty(to))
+			new = pmd_mkdirty(new);
 	} while (!try_cmpxchg((long *)pmdp, (long *)&old.pmd, pmd_val(new)));
 }
 
@@ -176,13 +188,25 @@ static void ckpt_restore_pmd(pmd_t *pmdp, pmd_t to)
  * Whether the entries at @index have been in the same table since the base.
  * mremap(2) moves whole tables without touching the soft-dirty bits in them,
  * so that clean entries at another address say nothing about this one. A table
- * that lives since then cannot be taken for another.
+ * that lives since then cannot be taken for another; for one that was freed and
+ * used again, see "Known limits" in README.md.
  */
 static bool ckpt_same_table(struct ckpt_walk *walk, unsigned long index, unsigned long table)
 {
 	void *entry = xa_load(&walk->snap->space->base, index);
 
 	return entry && xa_to_value(entry) == table;
+}
+
+/*
+ * Whether all entries of the VMA in a table are dirty, whatever their bits. KSM
+ * replaces a written page by a merged one and drops its soft-dirty bit.
+ */
+static bool ckpt_is_dirty(struct ckpt_walk *walk, struct vm_area_struct *vma, unsigned long index,
+			  unsigned long table)
+{
+	return !walk->incremental || vma->vm_flags & (VM_SOFTDIRTY | VM_MERGEABLE) ||
+	       !ckpt_same_table(walk, index, table);
 }
 
 /* One entry of a page table, under its lock: the entry of the snapshot. */
@@ -211,17 +235,17 @@ static inline unsigned long ckpt_walk_pte(struct ckpt_walk *walk, pte_t *ptep, b
 		return 0;
 	if (is_zone_device_page(page))
 		return CKPT_KIND_COPY;
-	if (!dirty && !pte_soft_dirty(pte) && !pte_write(pte))
+	if (!dirty && !pte_soft_dirty(pte) && !pte_write(pte) && !PageKsm(page))
 		return ckpt_entry(pfn, CKPT_KIND_SAME);
 	pte = ckpt_protect_pte(ptep, walk->clear);
 	if (PageAnonExclusive(page)) {
 		if (ckpt_is_busy(walk, page, false)) {
-			ckpt_restore_pte(ptep, pte);
+			ckpt_restore_pte(ptep, pte, walk->clear);
 			return CKPT_KIND_COPY;
 		}
 		ClearPageAnonExclusive(page);
 	} else if (folio_ref_count(page_folio(page)) > INT_MAX / 2) {
-		ckpt_restore_pte(ptep, pte);
+		ckpt_restore_pte(ptep, pte, walk->clear);
 		return CKPT_KIND_COPY;
 	}
 	ckpt_take_page(walk, page);
@@ -248,12 +272,12 @@ static unsigned long ckpt_walk_huge(struct ckpt_walk *walk, struct vm_area_struc
 	pmd = ckpt_protect_pmd(pmdp, walk->clear);
 	if (PageAnonExclusive(page)) {
 		if (ckpt_is_busy(walk, page, true)) {
-			ckpt_restore_pmd(pmdp, pmd);
+			ckpt_restore_pmd(pmdp, pmd, walk->clear);
 			return CKPT_KIND_COPY;
 		}
 		ClearPageAnonExclusive(page);
 	} else if (folio_ref_count(page_folio(page)) > INT_MAX / 2) {
-		ckpt_restore_pmd(pmdp, pmd);
+		ckpt_restore_pmd(pmdp, pmd, walk->clear);
 		return CKPT_KIND_COPY;
 	}
 	ckpt_take_page(walk, page);
@@ -294,8 +318,7 @@ static int ckpt_walk_pmd(struct ckpt_walk *walk, struct vm_area_struct *vma, pud
 {
 	/* The table that holds the PMD, marked to differ from one below it. */
 	unsigned long index = va >> PMD_SHIFT, table = pud_pfn(READ_ONCE(*pudp)) << 1 | 1;
-	bool dirty = !walk->incremental || vma->vm_flags & VM_SOFTDIRTY ||
-		     !ckpt_same_table(walk, index, table);
+	bool dirty = ckpt_is_dirty(walk, vma, index, table);
 	struct ckpt_snapshot *snap = walk->snap;
 	unsigned long entry;
 	spinlock_t *ptl;
@@ -338,8 +361,7 @@ static int ckpt_walk_table(struct ckpt_walk *walk, struct vm_area_struct *vma, p
 			   unsigned long va, unsigned long end)
 {
 	unsigned long index = va >> PMD_SHIFT, table = pmd_pfn(pmd) << 1;
-	bool dirty = !walk->incremental || vma->vm_flags & VM_SOFTDIRTY ||
-		     !ckpt_same_table(walk, index, table);
+	bool dirty = ckpt_is_dirty(walk, vma, index, table);
 	struct ckpt_snapshot *snap = walk->snap;
 	unsigned long *entries = xa_load(&snap->entries, index);
 	bool is_new = !entries, used = false;
@@ -585,12 +607,14 @@ int ckpt_walk(struct ckpt_snapshot *snap, struct mm_struct *mm, u32 flags)
 		.clear = flags & CKPT_SNAPSHOT_CLEAR,
 	};
 	struct vm_area_struct *vma, *sentinel = NULL;
+	bool mergeable = false;
 	u64 begin, flush;
 	int err;
 
 	VMA_ITERATOR(vmi, mm, 0);
 
 	lockdep_assert_held(&space->lock);
+	xa_init_flags(&walk.base, XA_FLAGS_ACCOUNT);
 	if (ckpt_swap_entries(mm)) {
 		err = ckpt_swap_in(mm);
 		if (err)
@@ -611,6 +635,13 @@ int ckpt_walk(struct ckpt_snapshot *snap, struct mm_struct *mm, u32 flags)
 	err = -ESTALE;
 	if (walk.incremental && !(sentinel->vm_flags & VM_SOFTDIRTY))
 		goto unlock;
+	/*
+	 * KSM is or was at work. What it has given back since, 6.12 leaves clean
+	 * and in a VMA that does not show it.
+	 */
+	mergeable = test_bit(MMF_VM_MERGEABLE, &mm->flags);
+	if (mergeable || space->mergeable)
+		walk.incremental = false;
 	/* The OOM killer is taking it apart. */
 	err = -ESRCH;
 	if (test_bit(MMF_UNSTABLE, &mm->flags))
@@ -618,7 +649,6 @@ int ckpt_walk(struct ckpt_snapshot *snap, struct mm_struct *mm, u32 flags)
 	err = ckpt_list_foreign(snap, mm);
 	if (err)
 		goto unlock;
-	xa_init_flags(&walk.base, XA_FLAGS_ACCOUNT);
 	raw_write_seqcount_begin(&mm->write_protect_seq);
 	inc_tlb_flush_pending(mm);
 	for_each_vma(vmi, vma) {
@@ -650,6 +680,7 @@ unlock:
 		xa_destroy(&walk.base);
 	} else {
 		space->base = walk.base;
+		space->mergeable = mergeable;
 	}
 out:
 	free_page((unsigned long)walk.spare);

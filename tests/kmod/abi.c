@@ -356,6 +356,61 @@ TEST(snapshot_without_its_attacher)
 	CHECK_ERRNO(try_take(pair.sockets[0], 0, 0, &args), ESRCH);
 }
 
+TEST(snapshot_of_a_zombie)
+{
+	static char stack[65536] __attribute__((aligned(16)));
+	struct pair pair = { .sockets = { open_device() } };
+	struct ckpt_snapshot_args args;
+	siginfo_t info;
+	int pid = clone(attach_in_vfork_child, stack + sizeof(stack), CLONE_VM | CLONE_FILES | SIGCHLD, &pair);
+
+	// It has ended, and nobody has taken notice; its memory is the parent's and alive.
+	CHECK(pid > 0);
+	CHECK(waitid(P_PID, pid, &info, WEXITED | WNOWAIT) == 0);
+	CHECK_ERRNO(try_take(pair.sockets[0], 0, 0, &args), ESRCH);
+	CHECK_EQ(wait_for(pid), 0);
+	CHECK_ERRNO(try_take(pair.sockets[0], 0, 0, &args), ESRCH);
+}
+
+static void *end_when_told(void *argument)
+{
+	struct pair *pair = argument;
+	char byte;
+
+	CHECK_EQ(read(pair->sockets[1], &byte, 1), 1);
+	_exit(byte);
+}
+
+static int attach_and_end_the_leader(void *argument)
+{
+	struct pair *pair = argument;
+	pthread_t thread;
+
+	CHECK(pthread_create(&thread, NULL, end_when_told, pair) == 0);
+	send_fd(pair->sockets[1], open_session());
+	syscall(SYS_exit, 0);
+	return 1;
+}
+
+TEST(snapshot_after_the_leader_has_ended)
+{
+	struct pair pair;
+	char path[64], text[512];
+	int session, pid;
+
+	CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair.sockets) == 0);
+	pid = spawn(attach_and_end_the_leader, &pair);
+	session = receive_fd(pair.sockets[0]);
+	snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+	do {
+		sched_yield();
+		read_file(path, text, sizeof(text));
+	} while (strncmp(strrchr(text, ')'), ") Z", 3));
+	close(take(session, 0, 0).fd);
+	CHECK_EQ(write(pair.sockets[0], "\7", 1), 1);
+	CHECK_EQ(wait_for(pid), 7);
+}
+
 static int attach_parent(void *argument)
 {
 	struct pair *pair = argument;

@@ -116,6 +116,7 @@ void check_snapshot_filled(int snapshot, const void *start, size_t bytes, uint64
 // The entry of /proc/self/pagemap.
 uint64_t pagemap(const void *address);
 #define PAGEMAP_SWAPPED (1ULL << 62)
+#define PAGEMAP_FRAME ((1ULL << 55) - 1)
 
 // Puts a whole range into swap (isolation.c).
 void swap_out(char *memory, size_t bytes);

@@ -682,6 +682,37 @@ TEST(device_io_to_huge_page_by_pin)
 	check_device_io(true, CKPT_TESTING_PIN);
 }
 
+static void check_device_io_to_clean(bool huge)
+{
+	char *memory = map_either(huge, HUGE), *page = memory + 7 * PAGE;
+	int testing = open("/dev/ckpt_testing", O_RDWR), session = open_session();
+
+	CHECK(testing >= 0);
+	memset(memory, 1, HUGE);
+	CHECK(ioctl(testing, CKPT_TESTING_GET, page) == 0);
+	// Its entry is neither writable nor dirty when the generation begins, and the device writes all the same.
+	write_file("/proc/self/clear_refs", "4");
+	struct ckpt_snapshot_args args = take(session, CKPT_SNAPSHOT_CLEAR, 0);
+	CHECK_EQ(kind_of(args.fd, page), CKPT_KIND_COPY);
+	CHECK(ioctl(testing, CKPT_TESTING_WRITE, 3) == 0);
+	CHECK(ioctl(testing, CKPT_TESTING_END, 0) == 0);
+	CHECK_EQ(page[0], 3);
+	close(args.fd);
+	args = take(session, CKPT_SNAPSHOT_INCREMENTAL | CKPT_SNAPSHOT_CLEAR, args.generation);
+	CHECK_EQ(kind_of(args.fd, page), CKPT_KIND_DATA);
+	check_bytes(args.fd, page, page, PAGE);
+}
+
+TEST(device_io_to_clean_page)
+{
+	check_device_io_to_clean(false);
+}
+
+TEST(device_io_to_clean_huge_page)
+{
+	check_device_io_to_clean(true);
+}
+
 static void check_device_io_to_part(unsigned long how)
 {
 	char *memory = map_huge(HUGE);
@@ -712,11 +743,15 @@ TEST(device_io_to_part_of_huge_page)
 TEST(mmu_notifiers_are_refused)
 {
 	int testing = open("/dev/ckpt_testing", O_RDWR), session = open_session();
-	struct ckpt_snapshot_args args;
+	struct ckpt_snapshot_args args = take(session, CKPT_SNAPSHOT_CLEAR, 0);
+	uint64_t generation = args.generation;
 
-	close(take(session, 0, 0).fd);
+	close(args.fd);
 	CHECK(ioctl(testing, CKPT_TESTING_NOTIFIER, 0) == 0);
 	CHECK_ERRNO(try_take(session, 0, 0, &args), EOPNOTSUPP);
+	// One that would have begun a generation ends the old one, however early it fails.
+	CHECK_ERRNO(try_take(session, CKPT_SNAPSHOT_CLEAR, 0, &args), EOPNOTSUPP);
+	CHECK_ERRNO(try_take(session, CKPT_SNAPSHOT_INCREMENTAL, generation, &args), ESTALE);
 	CHECK_EQ(query_device(session).snapshots, 0);
 }
 
@@ -814,22 +849,39 @@ TEST(page_of_zeros)
 	check_bytes(snapshot, big + HUGE / 2, zeros, PAGE);
 }
 
-// KSM: pages merged by the kernel are shared with others already.
-TEST(merged_pages)
+// Fills 64 pages alike and has the kernel make one page of them.
+static void merge_pages(char *memory, char value)
 {
-	char *memory = map_small(64 * PAGE), *fresh, text[64];
-	int session = open_session(), snapshot;
+	size_t alike;
 
-	for (size_t i = 0; i < 64; i++)
-		memset(memory + i * PAGE, 42, PAGE);
+	memset(memory, value, 64 * PAGE);
 	CHECK(madvise(memory, 64 * PAGE, MADV_MERGEABLE) == 0);
 	write_file("/sys/kernel/mm/ksm/pages_to_scan", "1000");
 	write_file("/sys/kernel/mm/ksm/sleep_millisecs", "1");
 	write_file("/sys/kernel/mm/ksm/run", "1");
+	// A few may be passed over.
 	do {
-		read_file("/sys/kernel/mm/ksm/pages_sharing", text, sizeof(text));
+		uint64_t frame, last = 0;
+
 		sched_yield();
-	} while (atoi(text) < 60);
+		alike = 0;
+		for (size_t i = 0; i < 64; i++, last = frame) {
+			frame = pagemap(memory + i * PAGE) & PAGEMAP_FRAME;
+			CHECK(frame != 0);
+			alike += frame == last;
+		}
+	} while (alike < 56);
+	// It holds no page any more when this returns.
+	write_file("/sys/kernel/mm/ksm/run", "0");
+}
+
+// KSM: pages merged by the kernel are shared with others already.
+TEST(merged_pages)
+{
+	char *memory = map_small(64 * PAGE), *fresh;
+	int session = open_session(), snapshot;
+
+	merge_pages(memory, 42);
 	snapshot = take(session, 0, 0).fd;
 	memset(memory, 43, 64 * PAGE);
 	fresh = map_small(PAGE);
@@ -838,6 +890,30 @@ TEST(merged_pages)
 		CHECK_EQ(kind_of(snapshot, memory + i * PAGE), CKPT_KIND_DATA);
 		check_bytes(snapshot, memory + i * PAGE, fresh, PAGE);
 		CHECK_EQ(memory[i * PAGE], 43);
+	}
+	write_file("/sys/kernel/mm/ksm/run", "2");
+}
+
+// What was written, then merged, has no dirty bit any more, and is not the same.
+TEST(merged_pages_are_dirty)
+{
+	char *memory = map_small(64 * PAGE), expected[PAGE];
+	int session = open_session();
+	struct ckpt_snapshot_args args;
+
+	memset(memory, 1, 64 * PAGE);
+	args = take(session, CKPT_SNAPSHOT_CLEAR, 0);
+	for (char value = 42; value < 46; value++) {
+		close(args.fd);
+		merge_pages(memory, value);
+		// Merging may be over by the time of the snapshot.
+		if (value % 2)
+			CHECK(madvise(memory, 64 * PAGE, MADV_UNMERGEABLE) == 0);
+		args = take(session, CKPT_SNAPSHOT_INCREMENTAL | CKPT_SNAPSHOT_CLEAR, args.generation);
+		check_kinds(args.fd, memory, 64, CKPT_KIND_DATA);
+		memset(expected, value, PAGE);
+		for (size_t i = 0; i < 64; i++)
+			check_bytes(args.fd, memory + i * PAGE, expected, PAGE);
 	}
 	write_file("/sys/kernel/mm/ksm/run", "2");
 }

@@ -27,9 +27,17 @@ if [ -z "$tests" ]; then
 fi
 ckpt=/product/ckpt
 "$ckpt" doctor || true
+# A name of no test would pass.
+for name in $tests; do
+    /product/it --list "$name" 2>/dev/null | grep -q ': test$' || { echo "there is no such test: $name"; exit 1; }
+done
 # shellcheck disable=SC2086 # names without spaces
-/product/it --test-threads=2 $tests
-status=$?
+{ /product/it --test-threads=2 $tests; echo $? >/run/it.status; } 2>&1 | tee /run/it.log
+status=$(cat /run/it.status)
+if grep 'skipped: .*the kernel module is not loaded' /run/it.log; then
+    echo "these have not been tested"
+    status=1
+fi
 lsmod
 rmmod ckpt || { echo "the module cannot be unloaded"; status=1; }
-exit $status
+exit "$status"

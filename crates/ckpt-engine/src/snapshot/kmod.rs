@@ -130,6 +130,8 @@ impl Wanted<'_> {
                     return Ok(Took { snapshot, taken, is_incremental: true, note, is_tracked: true });
                 }
                 Err(Errno::ESTALE) => note = Some(STALE),
+                // The kernel's own mapping has gone since; asked without a generation, it says whether that is all.
+                Err(Errno::EOPNOTSUPP) => note = Some(NOT_TRACKED),
                 Err(e) => return Err(e),
             }
         }
