@@ -21,8 +21,8 @@
 use crate::gate;
 use crate::{ckpt_control, real};
 use ckpt_abi::hooks::{
-    AGREED, ANSWER_DUMPED, ANSWER_FAILED, ANSWER_NOBODY, ANSWER_NONE, ANSWER_RESTORED, DUMP_NOW_SIGNAL,
-    Hooks, NAME_BYTES, Phase, SECTION_BYTES, VETOED, phase, request, sequence,
+    AGREED, ANSWER_DUMPED, ANSWER_FAILED, ANSWER_NOBODY, ANSWER_RESTORED, DUMP_NOW_SIGNAL, Hooks,
+    LAST_TICKET, NAME_BYTES, Phase, SECTION_BYTES, VETOED, answer_for, phase, request, sequence,
 };
 use ckpt_abi::interceptor::IN_FLIGHT_CRITICAL;
 use core::ffi::{c_char, c_int, c_long, c_void};
@@ -495,6 +495,9 @@ pub extern "C" fn ckpt_interceptor_critical_end() -> c_int {
 
 // --- "Dump me now" ---
 
+/// How many tickets have been given out. A forked child goes on counting.
+static TICKETS: AtomicU32 = AtomicU32::new(0);
+
 /// `ckpt_dump_now`.
 ///
 /// # Safety
@@ -520,16 +523,15 @@ pub unsafe extern "C" fn ckpt_interceptor_dump_now(timeout_ms: u32, checkpoint: 
         0 => u64::MAX,
         ms => (u64::from(ms) * 1_000_000).saturating_sub(now_ns() - began_ns),
     };
-    // One thread at a time.
-    while own.asking.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+    let ticket = TICKETS.fetch_add(1, Ordering::Relaxed) % LAST_TICKET + 1;
+    // One thread at a time. From here on it waits for all others to see: `answer` is for an earlier ticket.
+    while let Err(other) = own.asking.compare_exchange(0, ticket, Ordering::AcqRel, Ordering::Relaxed) {
         match left_ns() {
             0 => return TIMED_OUT,
-            ns => sleep_while(&own.asking, 1, Some(ns.min(LOOK_NS))),
+            ns => sleep_while(&own.asking, other, Some(ns.min(LOOK_NS))),
         }
     }
-    own.answered_checkpoint.store(0, Ordering::Relaxed);
-    own.answer.store(ANSWER_NONE, Ordering::Release);
-    let answer = if ask_init(&own.answer) { wait_for_answer(left_ns) } else { SYSTEM };
+    let answer = if ask_init() { wait_for_answer(ticket, left_ns) } else { SYSTEM };
     if matches!(answer, DUMPED | RESTORED) && !checkpoint.is_null() {
         // SAFETY: the caller's.
         unsafe { *checkpoint = own.answered_checkpoint.load(Ordering::Relaxed) };
@@ -539,7 +541,7 @@ pub unsafe extern "C" fn ckpt_interceptor_dump_now(timeout_ms: u32, checkpoint: 
     answer
 }
 
-fn ask_init(answer: &AtomicU32) -> bool {
+fn ask_init() -> bool {
     /// `siginfo_t` of a queued signal.
     #[repr(C)]
     struct Queued {
@@ -561,7 +563,7 @@ fn ask_init(answer: &AtomicU32) -> bool {
         pid: pid(),
         // SAFETY: getuid(2) has no preconditions.
         uid: unsafe { libc::syscall(libc::SYS_getuid) as u32 },
-        value: answer.as_ptr() as u64,
+        value: &raw const ckpt_control as u64,
         rest: [0; 12],
     };
     // SAFETY: rt_sigqueueinfo(2) reads the 128 bytes.
@@ -572,19 +574,20 @@ fn ask_init(answer: &AtomicU32) -> bool {
     sent == 0
 }
 
-fn wait_for_answer(left_ns: impl Fn() -> u64) -> c_int {
+fn wait_for_answer(ticket: u32, left_ns: impl Fn() -> u64) -> c_int {
     let answer = &hooks().answer;
     loop {
-        match answer.load(Ordering::Acquire) {
-            ANSWER_DUMPED => return DUMPED,
-            ANSWER_RESTORED => return RESTORED,
-            ANSWER_FAILED => return FAILED,
-            ANSWER_NOBODY => return NOBODY,
+        let seen = answer.load(Ordering::Acquire);
+        match answer_for(ticket, seen) {
+            Some(ANSWER_DUMPED) => return DUMPED,
+            Some(ANSWER_RESTORED) => return RESTORED,
+            Some(ANSWER_FAILED) => return FAILED,
+            Some(ANSWER_NOBODY) => return NOBODY,
             _ => {}
         }
         match left_ns() {
             0 => return TIMED_OUT,
-            ns => sleep_while(answer, ANSWER_NONE, Some(ns.min(LOOK_NS))),
+            ns => sleep_while(answer, seen, Some(ns.min(LOOK_NS))),
         }
     }
 }

@@ -276,6 +276,19 @@ int main(int argc, char **argv)
 		int result = ckpt_dump_now(atoi(argv[3]), &checkpoint);
 		event("now %d checkpoint=%llu restores=%d", result, (unsigned long long)checkpoint, ckpt_restore_count());
 		finish();
+	} else if (!strcmp(mode, "twice")) {
+		uint64_t checkpoint = 0;
+
+		guest_ready();
+		while (!guest_exists("ask"))
+			guest_nap();
+		int result = ckpt_dump_now(atoi(argv[3]), &checkpoint);
+		event("first %d checkpoint=%llu", result, (unsigned long long)checkpoint);
+		if (result == CKPT_TIMED_OUT) {
+			result = ckpt_dump_now(0, &checkpoint);
+			event("second %d checkpoint=%llu", result, (unsigned long long)checkpoint);
+		}
+		finish();
 	}
 	guest_fail("no such mode: %s", mode);
 }
