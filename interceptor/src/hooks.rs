@@ -106,8 +106,8 @@ static LAST_NUMBER: AtomicU32 = AtomicU32::new(0);
 static LOCK: AtomicU32 = AtomicU32::new(0);
 /// Number of the registration of which a callback runs.
 static RUNNING: AtomicU32 = AtomicU32::new(0);
-/// `owner` while a process takes the block over.
-const TAKING: u32 = u32::MAX;
+/// `owner` while a process takes the block over: this, and its pid.
+const TAKING: u32 = 1 << 31;
 
 fn hooks() -> &'static Hooks {
     &ckpt_control.hooks
@@ -175,13 +175,13 @@ fn own() {
         if owner == me {
             return;
         }
-        if owner == TAKING {
-            // Another thread of this process is at it; or the process was forked at that very moment, and then this goes on for
-            // ever only if its parent's does, too.
-            sleep_while(&hooks().owner, TAKING, Some(1_000_000));
+        if owner == TAKING | me {
+            // Another thread of this process is at it.
+            sleep_while(&hooks().owner, owner, Some(1_000_000));
             continue;
         }
-        if hooks().owner.compare_exchange(owner, TAKING, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        // That of the parent, or the parent was at it when this process was forked.
+        if hooks().owner.compare_exchange(owner, TAKING | me, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             continue;
         }
         for entry in &ENTRIES {
