@@ -269,6 +269,8 @@ fn start_thread() -> bool {
         unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const *new, old, 8 as c_long) };
     };
     let mut thread: libc::pthread_t = 0;
+    // What was asked while nobody looked is not for registrations made since: a restore asks without looking for a thread.
+    hooks().acknowledged.store(hooks().request.load(Ordering::Relaxed), Ordering::Relaxed);
     // The new thread has the mask of this one.
     set_mask(&all, &raw mut before);
     // SAFETY: default attributes, and a function that needs no argument.

@@ -6,6 +6,7 @@
  *   veto    on_dump objects while it is there
  *   hold    on_dump waits while it is there
  *   leave   the section is left; die: the process in the section dies
+ *   enlist  hooks are registered
  *   ask     a dump is asked for
  *   wiped   memory that is to be shared with no copy has to be zero
  */
@@ -201,6 +202,13 @@ int main(int argc, char **argv)
 		for (size_t at = 0; at <= bytes; at++)
 			EXPECT_EQ("memory", 0x5a, memory[at]);
 		guest_ok();
+	} else if (!strcmp(mode, "later")) {
+		guest_ready();
+		while (!guest_exists("enlist"))
+			guest_nap();
+		EXPECT(enlist(0) > 0);
+		event("enlisted");
+		finish();
 	} else if (!strcmp(mode, "family")) {
 		int *stand = guest_shared(sizeof(int));
 

@@ -166,6 +166,19 @@ fn a_job_that_is_restored_lazily_is_told() {
 }
 
 #[test]
+fn hooks_that_are_registered_after_a_restore_are_not_told_of_it() {
+    mode("later", &["later"], |sandbox, job| {
+        job.dump(&["--stop"])?;
+        job.restore(None, &[])?;
+        tell(sandbox, "enlist")?;
+        expect_events(sandbox, &["enlisted"])?;
+        // What has been asked before comes before this.
+        job.dump(&[])?;
+        expect_events(sandbox, &["enlisted", "dump a", "resume a"]).map(drop)
+    });
+}
+
+#[test]
 fn generations_are_counted() {
     callbacks("generations", |sandbox, job| {
         let mut expected = Vec::new();
