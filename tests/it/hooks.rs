@@ -574,6 +574,23 @@ fn an_answer_is_for_the_call_that_was_dumped() {
 }
 
 #[test]
+fn a_new_supervisor_hears_who_waits() {
+    each_user("hooks-now-orphan", Users::Both, |sandbox| {
+        let job = Job::run_with(sandbox, "guest", &["--dump-on", "request"], &guest_now(sandbox)?)?;
+        let nonce = ready(sandbox)?;
+        let supervisor = stopped_supervisor(&job)?;
+        tell(sandbox, "ask")?;
+        wait_for_call(&job)?;
+        supervisor.signal(Signal::SIGKILL);
+        poll_until(GUEST_DEADLINE, || (!supervisor.is_alive()).then_some(()))
+            .ok_or_else(|| Failure::new("the supervisor stays"))?;
+        job.succeed(&["supervise", &job.name], &[])?;
+        expect_events(sandbox, &["now 1"])?;
+        finish(sandbox, &nonce)
+    });
+}
+
+#[test]
 fn a_dump_by_somebody_else_will_do() {
     each_user("hooks-now-other", Users::Both, |sandbox| {
         let job = Job::run_with(sandbox, "guest", &["--dump-on", "request"], &guest_now(sandbox)?)?;

@@ -204,6 +204,10 @@ impl Supervisor {
         self.journal.event("supervising");
         self.unwell = None;
         self.leaving = false;
+        if !hooks::Asking::of(self.init_pid).is_empty() {
+            // Heard by a supervisor that is dead, or not at all.
+            self.signalled(DUMP_NOW_SIGNAL);
+        }
         let mut main_ended: Option<ExitStatus> = None;
         loop {
             if self.leaving && main_ended.is_none() && self.dumping.is_none() {
