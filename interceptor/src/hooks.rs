@@ -16,7 +16,7 @@
 //! begins anew: no registration, no critical section. The dumper looks at `owner`, too.
 //!
 //! # Limits
-//! [`MOST`] registrations. None of the functions may be called by signal handlers.
+//! [`MOST`] registrations at a time. A callback that registers finds no room made for it by those that have gone. None of the functions may be called by signal handlers.
 
 use crate::gate;
 use crate::{ckpt_control, real};
@@ -29,7 +29,7 @@ use core::ffi::{c_char, c_int, c_long, c_void};
 use core::mem::size_of;
 use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
-/// Most registrations.
+/// Most registrations at a time.
 const MOST: usize = 64;
 
 // The values of the header.
@@ -98,7 +98,7 @@ impl Entry {
     }
 }
 
-/// In order of registration: a place is never used twice in one process, but when all are free.
+/// In order of registration. What has gone leaves a free place, until all are free or places are needed, see [`close_up`].
 static ENTRIES: [Entry; MOST] = [const { Entry::free() }; MOST];
 /// How many places have been used.
 static USED: AtomicU32 = AtomicU32::new(0);
@@ -106,6 +106,8 @@ static LAST_NUMBER: AtomicU32 = AtomicU32::new(0);
 static LOCK: AtomicU32 = AtomicU32::new(0);
 /// Number of the registration of which a callback runs.
 static RUNNING: AtomicU32 = AtomicU32::new(0);
+/// 1 while the thread goes through the registrations; read and written under [`LOCK`].
+static WALKING: AtomicU32 = AtomicU32::new(0);
 /// `owner` while a process takes the block over: this, and its pid.
 const TAKING: u32 = 1 << 31;
 
@@ -188,7 +190,7 @@ fn own() {
             entry.number.store(0, Ordering::Relaxed);
             entry.dumped.store(0, Ordering::Relaxed);
         }
-        for word in [&USED, &LOCK, &RUNNING, &hooks().thread, &hooks().vetoed, &hooks().asking] {
+        for word in [&USED, &LOCK, &RUNNING, &WALKING, &hooks().thread, &hooks().vetoed, &hooks().asking] {
             word.store(0, Ordering::Relaxed);
         }
         hooks().acknowledged.store(hooks().request.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -218,6 +220,9 @@ pub unsafe extern "C" fn ckpt_interceptor_hooks_register(callbacks: *const Callb
     if ENTRIES.iter().all(|entry| entry.number.load(Ordering::Relaxed) == 0) {
         USED.store(0, Ordering::Relaxed);
     }
+    if USED.load(Ordering::Relaxed) as usize == MOST && WALKING.load(Ordering::Relaxed) == 0 {
+        close_up();
+    }
     let at = USED.load(Ordering::Relaxed);
     let Some(entry) = ENTRIES.get(at as usize) else { return INVALID };
     if hooks().thread.load(Ordering::Acquire) == 0 && !start_thread() {
@@ -235,6 +240,30 @@ pub unsafe extern "C" fn ckpt_interceptor_hooks_register(callbacks: *const Callb
     USED.store(at + 1, Ordering::Relaxed);
     drop(locked);
     number as c_int
+}
+
+/// Moves all registrations to the front, in their order. Called under [`LOCK`] while the thread does not go through them.
+fn close_up() {
+    let mut used = 0;
+    for entry in &ENTRIES {
+        let number = entry.number.swap(0, Ordering::Relaxed);
+        if number == 0 {
+            continue;
+        }
+        let to = &ENTRIES[used];
+        to.dumped.store(entry.dumped.load(Ordering::Relaxed), Ordering::Relaxed);
+        for (to, from) in [
+            (&to.user, &entry.user),
+            (&to.on_dump, &entry.on_dump),
+            (&to.on_resume, &entry.on_resume),
+            (&to.on_restore, &entry.on_restore),
+        ] {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        to.number.store(number, Ordering::Relaxed);
+        used += 1;
+    }
+    USED.store(used as u32, Ordering::Relaxed);
 }
 
 /// `ckpt_hooks_unregister`.
@@ -313,6 +342,7 @@ extern "C" fn life(_: *mut c_void) -> *mut c_void {
                 continue;
             }
         }
+        walking(1);
         match phase(wanted) {
             Phase::Dump => {
                 // Left over by a dumper that died.
@@ -326,8 +356,15 @@ extern "C" fn life(_: *mut c_void) -> *mut c_void {
             Phase::Restore => restore(),
             Phase::Idle => {}
         }
+        walking(0);
         own.acknowledged.store(wanted, Ordering::Release);
     }
+}
+
+/// Says that the thread goes through the registrations: 1; or that it does no longer: 0.
+fn walking(value: u32) {
+    let _locked = Locked::new();
+    WALKING.store(value, Ordering::Relaxed);
 }
 
 /// Calls `call` for a registration, if it is (still) there and `wanted`, with its function and its user pointer.

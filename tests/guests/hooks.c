@@ -196,6 +196,17 @@ int main(int argc, char **argv)
 		EXPECT(first > 0 && second > first && third > second);
 		EXPECT_EQ("unregister", CKPT_OK, ckpt_hooks_unregister(third));
 		EXPECT_EQ("unregister twice", CKPT_INVALID, ckpt_hooks_unregister(third));
+		/* Many, but never more than two of them at a time. */
+		for (int n = 0, last = 0; n < 200; n++) {
+			int next = enlist(0);
+
+			EXPECT(next > third);
+			if (last)
+				EXPECT_EQ("unregister the one before", CKPT_OK, ckpt_hooks_unregister(last));
+			last = next;
+			if (n == 199)
+				EXPECT_EQ("unregister the last", CKPT_OK, ckpt_hooks_unregister(last));
+		}
 		EXPECT_EQ("threads", 2, guest_threads(getpid(), (pid_t[8]){ 0 }, 8));
 		guest_ready();
 		guest_wait_go();
