@@ -371,7 +371,8 @@ fn each_process_has_its_own() {
 #[test]
 fn nothing_is_dumped_in_a_critical_section() {
     mode("section", &["section"], |sandbox, job| {
-        let named = "it is in the critical section \"the outer one\"";
+        let named =
+            "it is in a critical section and must not be dumped; the one begun last is \"the outer one\"";
         for more in [&["--barrier-timeout", "300ms"][..], &["--barrier-timeout", "0"], &["--strict"]] {
             let refused = job.ckpt(&[&["dump", &job.name], more].concat(), &[])?;
             let said = refused.stderr.contains(named) && refused.stderr.contains("pid ");

@@ -351,8 +351,8 @@ impl Asking {
     }
 }
 
-/// The critical section that a process is in, by its name, which may be empty. `None` if it is in none. `pid` is that which it
-/// sees itself.
+/// The critical section that a process has begun last, by its name, which may be empty. `None` if it is in none. That one may have
+/// ended, with another thread's going on. `pid` is that which it sees itself.
 pub fn critical_section(word: &ControlWord, pid: impl FnOnce() -> i32) -> Option<String> {
     let counter = offset_of!(Control, in_flight) + 4 * IN_FLIGHT_CRITICAL;
     if word.read_u32(counter).ok()? == 0
@@ -368,6 +368,7 @@ pub fn critical_section(word: &ControlWord, pid: impl FnOnce() -> i32) -> Option
 
 /// Why a process is not dumped that is in a critical section: what, and what to do.
 pub fn refusal_of_section(name: &str) -> (String, &'static str) {
-    let what = format!("it is in the critical section \"{name}\", in which it must not be dumped");
+    let what =
+        format!("it is in a critical section and must not be dumped; the one begun last is \"{name}\"");
     (what, "dump again when it is over, or give it more time: --barrier-timeout")
 }
