@@ -306,6 +306,13 @@ pub struct DumpArgs {
     #[arg(long, conflicts_with = "dir")]
     pub incremental: bool,
 
+    /// Where neither userfaultfd (Linux 6.7) nor the kernel module tells what was written, trust the kernel's soft-dirty bits.
+    ///
+    /// They are wrong, and the checkpoint with them, for memory that the job moves by mremap(2) in whole 2 MiB pieces to where other memory
+    /// was, and for memory that the kernel merges (KSM). Use it only for a job that does neither.
+    #[arg(long, requires = "incremental")]
+    pub soft_dirty: bool,
+
     /// Make a full checkpoint when this many are built on each other.
     #[arg(long, value_name = "N", default_value_t = 16, requires = "incremental",
           value_parser = clap::value_parser!(u64).range(1..=128))]

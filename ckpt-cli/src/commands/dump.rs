@@ -87,7 +87,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         None => {
             let store = Store::open(&root)?;
             if args.incremental {
-                incremental = incremental::start(name, &store, args.max_chain, report)?;
+                incremental = incremental::start(name, &store, args.max_chain, args.soft_dirty, report)?;
             }
             store.claim(name.as_str())?
         }

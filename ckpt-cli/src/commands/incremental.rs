@@ -14,7 +14,13 @@ use crate::report::Report;
 
 /// Takes what is known about the job's writes. From here until [`leave`] nothing is left with init: a dump that fails or is killed makes the
 /// next one a full one. `None` if the job's init can't keep it.
-pub fn start(name: &JobName, store: &Store, max_chain: u64, report: &Report) -> Result<Option<Incremental>> {
+pub fn start(
+    name: &JobName,
+    store: &Store,
+    max_chain: u64,
+    soft_dirty: bool,
+    report: &Report,
+) -> Result<Option<Incremental>> {
     let kept = match ckpt_job::take(name, false) {
         Ok(kept) => kept,
         Err(ckpt_job::client::ClientError::Refused { errno: libc::ENOSYS, .. }) => {
@@ -23,16 +29,18 @@ pub fn start(name: &JobName, store: &Store, max_chain: u64, report: &Report) -> 
         }
         Err(error) => return Err(error.into()),
     };
-    let Some(kept) = kept else { return Ok(Some(Incremental::default())) };
+    let Some(kept) = kept else { return Ok(Some(Incremental { soft_dirty, ..Incremental::default() })) };
     let tracking = match Tracking::from_kept(&kept.note, kept.descriptors) {
         Ok(tracking) => tracking,
-        Err(why) => return Ok(Some(Incremental { full_because: Some(why), ..Incremental::default() })),
+        Err(why) => {
+            return Ok(Some(Incremental { full_because: Some(why), soft_dirty, ..Incremental::default() }));
+        }
     };
     let full_because = match tracking.parent() {
         Some(parent) => why_not(name, store, parent, max_chain)?,
         None => None,
     };
-    Ok(Some(Incremental { tracking, full_because }))
+    Ok(Some(Incremental { tracking, full_because, soft_dirty }))
 }
 
 /// Why a checkpoint can't be built on `parent`.

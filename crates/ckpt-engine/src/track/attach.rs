@@ -16,11 +16,14 @@ use ckpt_sys::{task, userfault};
 /// A process, and how it is watched or why not.
 pub type Attached = (ProcessId, Result<Watch, String>);
 
-/// Attaches to these processes. Why one can't be watched is told for each.
+const NOT_TRUSTED: &str = "soft-dirty bits, which miss some writes, are used with --soft-dirty only";
+
+/// Attaches to these processes, with soft-dirty bits where nothing better is to be had only if they are to be trusted. Why one can't be
+/// watched is told for each.
 ///
 /// # Errors
 /// If the job could not be stopped; it runs on.
-pub fn attach(job: &Job, which: &[ProcessId]) -> Result<Vec<Attached>, DumpError> {
+pub fn attach(job: &Job, which: &[ProcessId], trust_bits: bool) -> Result<Vec<Attached>, DumpError> {
     let protection =
         userfault::probe_tracking().map_err(|e| format!("no asynchronous write protection ({e})"));
     let frozen = freeze::freeze(job, true, &mut Phases::default())?;
@@ -33,12 +36,14 @@ pub fn attach(job: &Job, which: &[ProcessId]) -> Result<Vec<Attached>, DumpError
         } else if is_filtered(p) {
             Err("it runs under a seccomp filter".to_owned())
         } else {
-            match &protection {
-                Ok(()) => {
-                    protect(p, &mut beside)?.or_else(|why| soft_dirty(p).map_err(|e| format!("{why}; {e}")))
-                }
-                Err(why) => soft_dirty(p).map_err(|e| format!("{why}; {e}")),
-            }
+            let protected = match &protection {
+                Ok(()) => protect(p, &mut beside)?,
+                Err(why) => Err(why.clone()),
+            };
+            protected.or_else(|why| {
+                let bits = if trust_bits { soft_dirty(p) } else { Err(NOT_TRUSTED.to_owned()) };
+                bits.map_err(|e| format!("{why}; {e}"))
+            })
         };
         let busy = "a userfaultfd of the application watches its memory";
         let watch = watch.and_then(|w| w.cover(p).map(|()| w).map_err(|_| busy.to_owned()));

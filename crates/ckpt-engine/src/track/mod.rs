@@ -146,6 +146,8 @@ pub struct Incremental {
     pub tracking: Tracking,
     /// Why the dump must be a full one although it is to be incremental.
     pub full_because: Option<String>,
+    /// Where nothing better is to be had, trust soft-dirty bits, which miss some writes (docs/adr/0018-write-tracking.md).
+    pub soft_dirty: bool,
 }
 
 /// What became of an incremental dump.
@@ -194,7 +196,7 @@ impl Tracker {
     /// # Errors
     /// What stopping a process gives; the job runs on.
     pub fn begin(job: &mut Job, start: Incremental, by_engine: bool) -> Result<Tracker, DumpError> {
-        let Incremental { mut tracking, mut full_because } = start;
+        let Incremental { mut tracking, mut full_because, soft_dirty } = start;
         let mut notes = Vec::new();
         let others = tracking.processes.extract_if(.., |w| w.watch.generation().is_some() != by_engine);
         let others: Vec<ProcessId> = others.map(|w| w.id).collect();
@@ -204,6 +206,7 @@ impl Tracker {
             notes
                 .extend(others.iter().map(|id| format!("pid {}: {OTHER_ENGINE}; it is saved whole", id.pid)));
         }
+        tracking.processes.retain(|w| soft_dirty || w.watch.canary().is_none());
         tracking.processes.retain(|w| match job.live().find(|p| ProcessId::of(p) == w.id) {
             Some(p) if w.watch.is_doubtful(p.host) => {
                 notes.push(format!(
@@ -244,7 +247,7 @@ impl Tracker {
         let missing: Vec<ProcessId> = job.live().map(ProcessId::of).filter(|id| !t.is_watched(*id)).collect();
         if !missing.is_empty() {
             job.info.tracked = t.tracking.watched().collect();
-            for (id, attached) in attach::attach(job, &missing)? {
+            for (id, attached) in attach::attach(job, &missing, soft_dirty)? {
                 match attached {
                     Ok(watch) => t.tracking.processes.push(Watched { id, watch, object: None }),
                     Err(why) => {

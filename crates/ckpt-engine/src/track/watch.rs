@@ -170,6 +170,8 @@ impl Watch {
         look: impl FnOnce() -> T,
     ) -> Result<T, Errno> {
         let Way::Protection(tracking) = &self.0 else { return Err(Errno::EOPNOTSUPP) };
+        // What is not watched now is not to be cut: another mapping may have come to the same place.
+        pagemap::scan_written(pagemap, start, end, false, false, &mut |_| ())?;
         tracking.unregister(start, end - start)?;
         ckpt_sys::hook::point();
         let seen = look();
