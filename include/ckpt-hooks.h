@@ -37,7 +37,7 @@ enum {
 	CKPT_NOBODY = -4,
 	/* Not from here: ckpt_dump_now in a critical section or in a callback, ckpt_critical_end without a begin. */
 	CKPT_NOT_HERE = -5,
-	/* An argument is wrong, or there are too many registrations (64). */
+	/* An argument is wrong, or there are too many registrations (64 at a time). */
 	CKPT_INVALID = -6,
 	/* The system refuses: no thread can be made, no signal be queued, or the process is not dumpable. */
 	CKPT_SYSTEM = -7

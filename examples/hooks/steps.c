@@ -7,6 +7,7 @@
  *     ckpt run --name steps --dump-on request -- ./steps 100
  *     ckpt restore steps --copies 3
  *
+ * With its output in a file (ckpt run ... > out), restore --copies ends with 113: several copies would write to it.
  * Without ckpt it runs as well.
  */
 #define _POSIX_C_SOURCE 200809L

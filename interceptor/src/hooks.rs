@@ -16,20 +16,20 @@
 //! begins anew: no registration, no critical section. The dumper looks at `owner`, too.
 //!
 //! # Limits
-//! [`MOST`] registrations. None of the functions may be called by signal handlers.
+//! [`MOST`] registrations at a time. A callback that registers finds no room made for it by those that have gone. None of the functions may be called by signal handlers.
 
 use crate::gate;
 use crate::{ckpt_control, real};
 use ckpt_abi::hooks::{
-    AGREED, ANSWER_DUMPED, ANSWER_FAILED, ANSWER_NOBODY, ANSWER_NONE, ANSWER_RESTORED, DUMP_NOW_SIGNAL,
-    Hooks, NAME_BYTES, Phase, SECTION_BYTES, VETOED, phase, request, sequence,
+    AGREED, ANSWER_DUMPED, ANSWER_FAILED, ANSWER_NOBODY, ANSWER_RESTORED, DUMP_NOW_SIGNAL, Hooks,
+    LAST_TICKET, NAME_BYTES, Phase, SECTION_BYTES, VETOED, answer_for, phase, request, sequence,
 };
 use ckpt_abi::interceptor::IN_FLIGHT_CRITICAL;
 use core::ffi::{c_char, c_int, c_long, c_void};
 use core::mem::size_of;
 use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
-/// Most registrations.
+/// Most registrations at a time.
 const MOST: usize = 64;
 
 // The values of the header.
@@ -98,7 +98,7 @@ impl Entry {
     }
 }
 
-/// In order of registration: a place is never used twice in one process, but when all are free.
+/// In order of registration. What has gone leaves a free place, until all are free or places are needed, see [`close_up`].
 static ENTRIES: [Entry; MOST] = [const { Entry::free() }; MOST];
 /// How many places have been used.
 static USED: AtomicU32 = AtomicU32::new(0);
@@ -106,8 +106,10 @@ static LAST_NUMBER: AtomicU32 = AtomicU32::new(0);
 static LOCK: AtomicU32 = AtomicU32::new(0);
 /// Number of the registration of which a callback runs.
 static RUNNING: AtomicU32 = AtomicU32::new(0);
-/// `owner` while a process takes the block over.
-const TAKING: u32 = u32::MAX;
+/// 1 while the thread goes through the registrations; read and written under [`LOCK`].
+static WALKING: AtomicU32 = AtomicU32::new(0);
+/// `owner` while a process takes the block over: this, and its pid.
+const TAKING: u32 = 1 << 31;
 
 fn hooks() -> &'static Hooks {
     &ckpt_control.hooks
@@ -175,20 +177,20 @@ fn own() {
         if owner == me {
             return;
         }
-        if owner == TAKING {
-            // Another thread of this process is at it; or the process was forked at that very moment, and then this goes on for
-            // ever only if its parent's does, too.
-            sleep_while(&hooks().owner, TAKING, Some(1_000_000));
+        if owner == TAKING | me {
+            // Another thread of this process is at it.
+            sleep_while(&hooks().owner, owner, Some(1_000_000));
             continue;
         }
-        if hooks().owner.compare_exchange(owner, TAKING, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+        // That of the parent, or the parent was at it when this process was forked.
+        if hooks().owner.compare_exchange(owner, TAKING | me, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             continue;
         }
         for entry in &ENTRIES {
             entry.number.store(0, Ordering::Relaxed);
             entry.dumped.store(0, Ordering::Relaxed);
         }
-        for word in [&USED, &LOCK, &RUNNING, &hooks().thread, &hooks().vetoed, &hooks().asking] {
+        for word in [&USED, &LOCK, &RUNNING, &WALKING, &hooks().thread, &hooks().vetoed, &hooks().asking] {
             word.store(0, Ordering::Relaxed);
         }
         hooks().acknowledged.store(hooks().request.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -218,6 +220,9 @@ pub unsafe extern "C" fn ckpt_interceptor_hooks_register(callbacks: *const Callb
     if ENTRIES.iter().all(|entry| entry.number.load(Ordering::Relaxed) == 0) {
         USED.store(0, Ordering::Relaxed);
     }
+    if USED.load(Ordering::Relaxed) as usize == MOST && WALKING.load(Ordering::Relaxed) == 0 {
+        close_up();
+    }
     let at = USED.load(Ordering::Relaxed);
     let Some(entry) = ENTRIES.get(at as usize) else { return INVALID };
     if hooks().thread.load(Ordering::Acquire) == 0 && !start_thread() {
@@ -235,6 +240,30 @@ pub unsafe extern "C" fn ckpt_interceptor_hooks_register(callbacks: *const Callb
     USED.store(at + 1, Ordering::Relaxed);
     drop(locked);
     number as c_int
+}
+
+/// Moves all registrations to the front, in their order. Called under [`LOCK`] while the thread does not go through them.
+fn close_up() {
+    let mut used = 0;
+    for entry in &ENTRIES {
+        let number = entry.number.swap(0, Ordering::Relaxed);
+        if number == 0 {
+            continue;
+        }
+        let to = &ENTRIES[used];
+        to.dumped.store(entry.dumped.load(Ordering::Relaxed), Ordering::Relaxed);
+        for (to, from) in [
+            (&to.user, &entry.user),
+            (&to.on_dump, &entry.on_dump),
+            (&to.on_resume, &entry.on_resume),
+            (&to.on_restore, &entry.on_restore),
+        ] {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        to.number.store(number, Ordering::Relaxed);
+        used += 1;
+    }
+    USED.store(used as u32, Ordering::Relaxed);
 }
 
 /// `ckpt_hooks_unregister`.
@@ -269,6 +298,8 @@ fn start_thread() -> bool {
         unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const *new, old, 8 as c_long) };
     };
     let mut thread: libc::pthread_t = 0;
+    // What was asked while nobody looked is not for registrations made since: a restore asks without looking for a thread.
+    hooks().acknowledged.store(hooks().request.load(Ordering::Relaxed), Ordering::Relaxed);
     // The new thread has the mask of this one.
     set_mask(&all, &raw mut before);
     // SAFETY: default attributes, and a function that needs no argument.
@@ -311,6 +342,7 @@ extern "C" fn life(_: *mut c_void) -> *mut c_void {
                 continue;
             }
         }
+        walking(1);
         match phase(wanted) {
             Phase::Dump => {
                 // Left over by a dumper that died.
@@ -324,8 +356,15 @@ extern "C" fn life(_: *mut c_void) -> *mut c_void {
             Phase::Restore => restore(),
             Phase::Idle => {}
         }
+        walking(0);
         own.acknowledged.store(wanted, Ordering::Release);
     }
+}
+
+/// Says that the thread goes through the registrations: 1; or that it does no longer: 0.
+fn walking(value: u32) {
+    let _locked = Locked::new();
+    WALKING.store(value, Ordering::Relaxed);
 }
 
 /// Calls `call` for a registration, if it is (still) there and `wanted`, with its function and its user pointer.
@@ -495,6 +534,9 @@ pub extern "C" fn ckpt_interceptor_critical_end() -> c_int {
 
 // --- "Dump me now" ---
 
+/// How many tickets have been given out. A forked child goes on counting.
+static TICKETS: AtomicU32 = AtomicU32::new(0);
+
 /// `ckpt_dump_now`.
 ///
 /// # Safety
@@ -520,16 +562,15 @@ pub unsafe extern "C" fn ckpt_interceptor_dump_now(timeout_ms: u32, checkpoint: 
         0 => u64::MAX,
         ms => (u64::from(ms) * 1_000_000).saturating_sub(now_ns() - began_ns),
     };
-    // One thread at a time.
-    while own.asking.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+    let ticket = TICKETS.fetch_add(1, Ordering::Relaxed) % LAST_TICKET + 1;
+    // One thread at a time. From here on it waits for all others to see: `answer` is for an earlier ticket.
+    while let Err(other) = own.asking.compare_exchange(0, ticket, Ordering::AcqRel, Ordering::Relaxed) {
         match left_ns() {
             0 => return TIMED_OUT,
-            ns => sleep_while(&own.asking, 1, Some(ns.min(LOOK_NS))),
+            ns => sleep_while(&own.asking, other, Some(ns.min(LOOK_NS))),
         }
     }
-    own.answered_checkpoint.store(0, Ordering::Relaxed);
-    own.answer.store(ANSWER_NONE, Ordering::Release);
-    let answer = if ask_init(&own.answer) { wait_for_answer(left_ns) } else { SYSTEM };
+    let answer = if ask_init() { wait_for_answer(ticket, left_ns) } else { SYSTEM };
     if matches!(answer, DUMPED | RESTORED) && !checkpoint.is_null() {
         // SAFETY: the caller's.
         unsafe { *checkpoint = own.answered_checkpoint.load(Ordering::Relaxed) };
@@ -539,7 +580,7 @@ pub unsafe extern "C" fn ckpt_interceptor_dump_now(timeout_ms: u32, checkpoint: 
     answer
 }
 
-fn ask_init(answer: &AtomicU32) -> bool {
+fn ask_init() -> bool {
     /// `siginfo_t` of a queued signal.
     #[repr(C)]
     struct Queued {
@@ -561,7 +602,7 @@ fn ask_init(answer: &AtomicU32) -> bool {
         pid: pid(),
         // SAFETY: getuid(2) has no preconditions.
         uid: unsafe { libc::syscall(libc::SYS_getuid) as u32 },
-        value: answer.as_ptr() as u64,
+        value: &raw const ckpt_control as u64,
         rest: [0; 12],
     };
     // SAFETY: rt_sigqueueinfo(2) reads the 128 bytes.
@@ -572,19 +613,20 @@ fn ask_init(answer: &AtomicU32) -> bool {
     sent == 0
 }
 
-fn wait_for_answer(left_ns: impl Fn() -> u64) -> c_int {
+fn wait_for_answer(ticket: u32, left_ns: impl Fn() -> u64) -> c_int {
     let answer = &hooks().answer;
     loop {
-        match answer.load(Ordering::Acquire) {
-            ANSWER_DUMPED => return DUMPED,
-            ANSWER_RESTORED => return RESTORED,
-            ANSWER_FAILED => return FAILED,
-            ANSWER_NOBODY => return NOBODY,
+        let seen = answer.load(Ordering::Acquire);
+        match answer_for(ticket, seen) {
+            Some(ANSWER_DUMPED) => return DUMPED,
+            Some(ANSWER_RESTORED) => return RESTORED,
+            Some(ANSWER_FAILED) => return FAILED,
+            Some(ANSWER_NOBODY) => return NOBODY,
             _ => {}
         }
         match left_ns() {
             0 => return TIMED_OUT,
-            ns => sleep_while(answer, ANSWER_NONE, Some(ns.min(LOOK_NS))),
+            ns => sleep_while(answer, seen, Some(ns.min(LOOK_NS))),
         }
     }
 }

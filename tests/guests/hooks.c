@@ -6,6 +6,7 @@
  *   veto    on_dump objects while it is there
  *   hold    on_dump waits while it is there
  *   leave   the section is left; die: the process in the section dies
+ *   enlist  hooks are registered
  *   ask     a dump is asked for
  *   wiped   memory that is to be shared with no copy has to be zero
  */
@@ -195,12 +196,30 @@ int main(int argc, char **argv)
 		EXPECT(first > 0 && second > first && third > second);
 		EXPECT_EQ("unregister", CKPT_OK, ckpt_hooks_unregister(third));
 		EXPECT_EQ("unregister twice", CKPT_INVALID, ckpt_hooks_unregister(third));
+		/* Many, but never more than two of them at a time. */
+		for (int n = 0, last = 0; n < 200; n++) {
+			int next = enlist(0);
+
+			EXPECT(next > third);
+			if (last)
+				EXPECT_EQ("unregister the one before", CKPT_OK, ckpt_hooks_unregister(last));
+			last = next;
+			if (n == 199)
+				EXPECT_EQ("unregister the last", CKPT_OK, ckpt_hooks_unregister(last));
+		}
 		EXPECT_EQ("threads", 2, guest_threads(getpid(), (pid_t[8]){ 0 }, 8));
 		guest_ready();
 		guest_wait_go();
 		for (size_t at = 0; at <= bytes; at++)
 			EXPECT_EQ("memory", 0x5a, memory[at]);
 		guest_ok();
+	} else if (!strcmp(mode, "later")) {
+		guest_ready();
+		while (!guest_exists("enlist"))
+			guest_nap();
+		EXPECT(enlist(0) > 0);
+		event("enlisted");
+		finish();
 	} else if (!strcmp(mode, "family")) {
 		int *stand = guest_shared(sizeof(int));
 
@@ -275,6 +294,19 @@ int main(int argc, char **argv)
 			guest_nap();
 		int result = ckpt_dump_now(atoi(argv[3]), &checkpoint);
 		event("now %d checkpoint=%llu restores=%d", result, (unsigned long long)checkpoint, ckpt_restore_count());
+		finish();
+	} else if (!strcmp(mode, "twice")) {
+		uint64_t checkpoint = 0;
+
+		guest_ready();
+		while (!guest_exists("ask"))
+			guest_nap();
+		int result = ckpt_dump_now(atoi(argv[3]), &checkpoint);
+		event("first %d checkpoint=%llu", result, (unsigned long long)checkpoint);
+		if (result == CKPT_TIMED_OUT) {
+			result = ckpt_dump_now(0, &checkpoint);
+			event("second %d checkpoint=%llu", result, (unsigned long long)checkpoint);
+		}
 		finish();
 	}
 	guest_fail("no such mode: %s", mode);

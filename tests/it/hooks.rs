@@ -9,11 +9,12 @@ use ckpt_tests::{
     fingerprint::Fingerprint,
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
     job::{COMMAND_DEADLINE, Job},
-    process::poll_until,
+    process::{HostProcess, poll_until},
     proof::{control, each_user, left_nothing_behind, prove, prove_static, with_ready_job},
     sandbox::Sandbox,
     user::Users,
 };
+use nix::sys::signal::Signal;
 
 /// `ckpt dump`: something is not supported, or not now.
 const REFUSED: i32 = 114;
@@ -161,6 +162,19 @@ fn a_job_that_is_restored_lazily_is_told() {
             expect_events(sandbox, &[DUMPED, RESTORED].concat())?;
             finish(sandbox, nonce)
         })
+    });
+}
+
+#[test]
+fn hooks_that_are_registered_after_a_restore_are_not_told_of_it() {
+    mode("later", &["later"], |sandbox, job| {
+        job.dump(&["--stop"])?;
+        job.restore(None, &[])?;
+        tell(sandbox, "enlist")?;
+        expect_events(sandbox, &["enlisted"])?;
+        // What has been asked before comes before this.
+        job.dump(&[])?;
+        expect_events(sandbox, &["enlisted", "dump a", "resume a"]).map(drop)
     });
 }
 
@@ -357,7 +371,8 @@ fn each_process_has_its_own() {
 #[test]
 fn nothing_is_dumped_in_a_critical_section() {
     mode("section", &["section"], |sandbox, job| {
-        let named = "it is in the critical section \"the outer one\"";
+        let named =
+            "it is in a critical section and must not be dumped; the one begun last is \"the outer one\"";
         for more in [&["--barrier-timeout", "300ms"][..], &["--barrier-timeout", "0"], &["--strict"]] {
             let refused = job.ckpt(&[&["dump", &job.name], more].concat(), &[])?;
             let said = refused.stderr.contains(named) && refused.stderr.contains("pid ");
@@ -485,28 +500,110 @@ fn an_application_hears_of_a_dump_that_fails() {
     });
 }
 
+/// The supervisor of a job, which stands still.
+fn stopped_supervisor(job: &Job<'_>) -> Outcome<HostProcess> {
+    let supervisor = poll_until(GUEST_DEADLINE, || {
+        let listed = job.succeed(&["ps", "--json"], &[]).ok()?;
+        let jobs: serde_json::Value = serde_json::from_str(&listed.stdout).ok()?;
+        let pid = jobs.as_array()?.first()?["supervision"]["state"]["pid"].as_i64().filter(|pid| *pid > 0)?;
+        HostProcess::find(pid as i32)
+    })
+    .ok_or_else(|| Failure::new("no supervisor"))?;
+    supervisor.signal(Signal::SIGSTOP);
+    Ok(supervisor)
+}
+
+/// Waits until the guest, which has one thread, sleeps in futex(2): in its call for a dump, and nowhere else.
+fn wait_for_call(job: &Job<'_>) -> Outcome<()> {
+    let all = job.processes();
+    let asks = || {
+        all.iter().any(|p| {
+            let call = fs::read_to_string(format!("/proc/{}/syscall", p.pid)).unwrap_or_default();
+            call.split(' ').next() == Some(&nix::libc::SYS_futex.to_string())
+        })
+    };
+    poll_until(GUEST_DEADLINE, || asks().then_some(()))
+        .ok_or_else(|| Failure::new("the guest does not ask for a dump"))
+}
+
+#[test]
+fn an_answer_is_for_the_call_that_was_dumped() {
+    each_user("hooks-now-twice", Users::OnlyRoot, |sandbox| {
+        let mut guest = Guest::new("hooks");
+        // How long the first call waits: it has to be frozen by then.
+        guest.args = ["twice", "5000"].map(String::from).to_vec();
+        let words = guest.command(sandbox)?;
+        let job = Job::run_with(sandbox, "guest", &["--dump-on", "request"], &words)?;
+        let nonce = ready(sandbox)?;
+        let supervisor = stopped_supervisor(&job)?;
+        let [before, after] =
+            ["before-freeze", "before-publish"].map(|name| sandbox.root.join("out").join(name));
+        let paths = [&before, &after].map(|path| path.to_string_lossy().into_owned());
+        let held =
+            [("CKPT_TEST_BEFORE_FREEZE", paths[0].as_str()), ("CKPT_TEST_BEFORE_PUBLISH", paths[1].as_str())];
+        let dumper = job.start(&["dump", &job.name], &held)?;
+        let comes_to = |moment: &Path| {
+            poll_until(COMMAND_DEADLINE, || moment.exists().then_some(()))
+                .ok_or_else(|| Failure(format!("the dump did not come to {}", moment.display())))
+        };
+        let let_go = |moment: &Path| {
+            fs::remove_file(moment).map_err(|error| Failure(format!("letting it go on: {error}")))
+        };
+        comes_to(&before)?;
+        tell(sandbox, "ask")?;
+        wait_for_call(&job)?;
+        let_go(&before)?;
+        comes_to(&after)?;
+        // The call that the checkpoint has gives up before it is published, and another one waits then.
+        expect_events(sandbox, &["first -3"])?;
+        wait_for_call(&job)?;
+        let_go(&after)?;
+        let dumped = dumper.finish(COMMAND_DEADLINE)?;
+        expect(dumped.code == 0, dumped.report())?;
+        job.dump(&[])?;
+        let mut expected = ["first -3 checkpoint=0", "second 1 checkpoint=2"].map(str::to_owned).to_vec();
+        expect_events(sandbox, &["first -3", "second 1"])?;
+        expect(events(sandbox) == expected, format!("{:?}", events(sandbox)))?;
+        supervisor.signal(Signal::SIGCONT);
+        job.kill()?;
+        job.restore(Some(1), &[])?;
+        expected.push("first 2 checkpoint=1".to_owned());
+        expect_events(sandbox, &["first -3", "second 1", "first 2"])?;
+        expect(events(sandbox) == expected, format!("{:?}", events(sandbox)))?;
+        finish(sandbox, &nonce)
+    });
+}
+
+#[test]
+fn a_new_supervisor_hears_who_waits() {
+    each_user("hooks-now-orphan", Users::Both, |sandbox| {
+        let job = Job::run_with(sandbox, "guest", &["--dump-on", "request"], &guest_now(sandbox)?)?;
+        let nonce = ready(sandbox)?;
+        let supervisor = stopped_supervisor(&job)?;
+        tell(sandbox, "ask")?;
+        wait_for_call(&job)?;
+        supervisor.signal(Signal::SIGKILL);
+        poll_until(GUEST_DEADLINE, || (!supervisor.is_alive()).then_some(()))
+            .ok_or_else(|| Failure::new("the supervisor stays"))?;
+        job.succeed(&["supervise", &job.name], &[])?;
+        expect_events(sandbox, &["now 1"])?;
+        finish(sandbox, &nonce)
+    });
+}
+
 #[test]
 fn a_dump_by_somebody_else_will_do() {
     each_user("hooks-now-other", Users::Both, |sandbox| {
         let job = Job::run_with(sandbox, "guest", &["--dump-on", "request"], &guest_now(sandbox)?)?;
         let nonce = ready(sandbox)?;
-        // Its supervisor stands still.
-        let supervisor = poll_until(GUEST_DEADLINE, || {
-            let listed = job.succeed(&["ps", "--json"], &[]).ok()?;
-            let jobs: serde_json::Value = serde_json::from_str(&listed.stdout).ok()?;
-            let pid =
-                jobs.as_array()?.first()?["supervision"]["state"]["pid"].as_i64().filter(|pid| *pid > 0)?;
-            ckpt_tests::process::HostProcess::find(pid as i32)
-        })
-        .ok_or_else(|| Failure::new("no supervisor"))?;
-        supervisor.signal(nix::sys::signal::Signal::SIGSTOP);
+        let supervisor = stopped_supervisor(&job)?;
         tell(sandbox, "ask")?;
         // Asked for by now or not, one of these dumps is the first after that.
         let answered = poll_until(GUEST_DEADLINE, || {
             job.dump(&[]).ok()?;
             Some(events(sandbox)).filter(|all| !all.is_empty())
         });
-        supervisor.signal(nix::sys::signal::Signal::SIGCONT);
+        supervisor.signal(Signal::SIGCONT);
         expect(answered.is_some_and(|all| all[0].starts_with("now 1 ")), format!("{:?}", events(sandbox)))?;
         finish(sandbox, &nonce)
     });

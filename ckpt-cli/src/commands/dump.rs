@@ -122,6 +122,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         }
     };
     let number = claim.number();
+    ckpt_sys::hook::before_publish();
     ckpt_sys::hook::point();
     let path = claim.publish()?;
     ckpt_sys::hook::point();

@@ -59,6 +59,8 @@ struct Dumping {
     stop: bool,
     periodic: bool,
     asked: bool,
+    /// Who waited for it when it was begun. Who has asked since gets a dump of its own.
+    asking: hooks::Asking,
     command: Running,
 }
 
@@ -202,6 +204,10 @@ impl Supervisor {
         self.journal.event("supervising");
         self.unwell = None;
         self.leaving = false;
+        if !hooks::Asking::of(self.init_pid).is_empty() {
+            // Heard by a supervisor that is dead, or not at all.
+            self.signalled(DUMP_NOW_SIGNAL);
+        }
         let mut main_ended: Option<ExitStatus> = None;
         loop {
             if self.leaving && main_ended.is_none() && self.dumping.is_none() {
@@ -252,7 +258,7 @@ impl Supervisor {
         // A dump that has all of the job's state may still be writing it; one that ended the job is about to say so.
         if let Some(mut dumping) = self.dumping.take() {
             let finished = dumping.command.wait();
-            self.dump_finished(&dumping, &finished);
+            self.dump_finished(dumping, &finished);
         }
         self.next_periodic = None;
         let failed = self.is_failure(status);
@@ -295,7 +301,7 @@ impl Supervisor {
     fn see_to_dumps(&mut self) {
         if let Some(mut dumping) = self.dumping.take() {
             match dumping.command.finished() {
-                Some(finished) => self.dump_finished(&dumping, &finished),
+                Some(finished) => self.dump_finished(dumping, &finished),
                 None => self.dumping = Some(dumping),
             }
         }
@@ -313,7 +319,8 @@ impl Supervisor {
     }
 
     fn start_dump(&mut self, wanted: Wanted) {
-        if wanted.asked && wanted.why == ASKED && !wanted.stop && !hooks::is_asked_for(self.init_pid) {
+        let asking = if wanted.asked { hooks::Asking::of(self.init_pid) } else { hooks::Asking::default() };
+        if wanted.asked && wanted.why == ASKED && !wanted.stop && asking.is_empty() {
             // Another dump has come before, or who asked does not wait any more.
             if self.next_periodic.is_none() {
                 self.schedule_periodic();
@@ -328,7 +335,7 @@ impl Supervisor {
         match Running::start(command, false) {
             Ok(command) => {
                 let Wanted { why, stop, periodic, asked, .. } = wanted;
-                self.dumping = Some(Dumping { why, stop, periodic, asked, command });
+                self.dumping = Some(Dumping { why, stop, periodic, asked, asking, command });
             }
             Err(error) => {
                 self.journal.dump_failed(&format!("dump ({}): starting it: {error}", wanted.why));
@@ -337,7 +344,7 @@ impl Supervisor {
         }
     }
 
-    fn dump_finished(&mut self, dumping: &Dumping, finished: &Finished) {
+    fn dump_finished(&mut self, mut dumping: Dumping, finished: &Finished) {
         let why = &dumping.why;
         let answer: Option<serde_json::Value> = serde_json::from_str(&finished.stdout).ok();
         let checkpoint = answer.as_ref().and_then(|answer| answer["checkpoint"].as_str());
@@ -356,11 +363,11 @@ impl Supervisor {
             // Another dump goes on, or the job's end waits for this one.
             let soon = dumping.stop || finished.code == i32::from(ExitCode::CONFLICT.0);
             if dumping.asked && !soon {
-                hooks::tell_failure(self.init_pid);
+                dumping.asking.tell_failure();
             }
             if soon || !dumping.periodic && why != ASKED {
                 let not_before = Instant::now() + if soon { RETRY } else { RETRY_FAILED };
-                let Dumping { stop, periodic, asked, .. } = *dumping;
+                let Dumping { stop, periodic, asked, .. } = dumping;
                 let again = Wanted { why: why.clone(), stop, periodic, asked, not_before };
                 // The job's end is not forgotten for another dump that was asked for meanwhile.
                 if stop {

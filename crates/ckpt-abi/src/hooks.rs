@@ -14,6 +14,11 @@
 //! After [`Phase::Dump`] the thread waits no longer than `resume_after_ms`; then it takes the dumper for dead and goes
 //! on as after [`Phase::Resume`].
 //!
+//! # Dumps that are asked for
+//! Each call has a ticket of its own, which it stores in `asking`. An answer carries the ticket of the call that it is meant for, in the
+//! same word, and counts for no other: a call may have given up, and another one wait, by the time a dump that had noted it is
+//! complete. What `asking` and `answer` hold tells who waits: see [`unanswered`].
+//!
 //! # Limits
 //! A forked child has the block of its parent, and none of its threads: what `owner` is not the pid of is as good as
 //! zero. Nothing that is read from it is trusted.
@@ -72,19 +77,36 @@ pub const AGREED: u32 = 0;
 /// `vetoed`: an `on_dump` asked for the dump not to be made.
 pub const VETOED: u32 = 1;
 
-/// `answer`: none yet.
-pub const ANSWER_NONE: u32 = 0;
-/// `answer`: the job has been dumped; `answered_checkpoint` has its number.
+/// Answer: the job has been dumped; `answered_checkpoint` has its number.
 pub const ANSWER_DUMPED: u32 = 1;
-/// `answer`: this is a restored job.
+/// Answer: this is a restored job.
 pub const ANSWER_RESTORED: u32 = 2;
-/// `answer`: the dump failed.
+/// Answer: the dump failed.
 pub const ANSWER_FAILED: u32 = 3;
-/// `answer`: nobody makes dumps when the job asks for them.
+/// Answer: nobody makes dumps when the job asks for them.
 pub const ANSWER_NOBODY: u32 = 4;
 
-/// The signal by which a process of the job asks init for a dump: queued (`rt_sigqueueinfo(2)`) with the address of
-/// [`Hooks::answer`] as its value. It is the last of the real-time signals.
+const ANSWER_BITS: u32 = 3;
+/// The largest ticket; the least is 1.
+pub const LAST_TICKET: u32 = u32::MAX >> ANSWER_BITS;
+
+/// Makes a value of `answer`: `what` (`ANSWER_…`) for the call with that ticket.
+pub const fn answer(ticket: u32, what: u32) -> u32 {
+    ticket << ANSWER_BITS | what
+}
+
+/// `ANSWER_…` in a value of `answer` if it is for the call with that ticket.
+pub const fn answer_for(ticket: u32, value: u32) -> Option<u32> {
+    if value >> ANSWER_BITS == ticket { Some(value & ((1 << ANSWER_BITS) - 1)) } else { None }
+}
+
+/// The ticket of the call that waits, if one does that has no answer yet: of the values of `asking` and `answer`.
+pub const fn unanswered(asking: u32, value: u32) -> Option<u32> {
+    if asking == 0 || answer_for(asking, value).is_some() { None } else { Some(asking) }
+}
+
+/// The signal by which a process of the job asks init for a dump: queued (`rt_sigqueueinfo(2)`) with the address of its
+/// control word as its value. It is the last of the real-time signals.
 pub const DUMP_NOW_SIGNAL: i32 = 64;
 
 /// Between the application's hooks and ckpt.
@@ -104,11 +126,12 @@ pub struct Hooks {
     pub owner: AtomicU32,
     /// How many milliseconds after `on_dump` the thread goes on by itself. Written by the dumper.
     pub resume_after_ms: AtomicU32,
-    /// 1 while a thread waits for a dump that it has asked for.
+    /// The ticket of a thread that waits for a dump that it has asked for; 0 if none does.
     pub asking: AtomicU32,
-    /// `ANSWER_…`: what became of it; a futex. Written from outside.
+    /// What became of it, see [`answer`]; a futex. Written from outside only.
     pub answer: AtomicU32,
-    /// The number of the checkpoint in case of [`ANSWER_DUMPED`]. Written before `answer`.
+    /// The number of the checkpoint in case of [`ANSWER_DUMPED`] and [`ANSWER_RESTORED`]. Written before `answer`, and read only
+    /// after an answer for the reader's ticket; nobody writes it then, as dumps are made one at a time and note who waits.
     pub answered_checkpoint: AtomicU64,
     /// Zero.
     pub reserved0: [AtomicU32; 6],
@@ -149,7 +172,7 @@ impl Hooks {
             owner: AtomicU32::new(0),
             resume_after_ms: AtomicU32::new(0),
             asking: AtomicU32::new(0),
-            answer: AtomicU32::new(ANSWER_NONE),
+            answer: AtomicU32::new(0),
             answered_checkpoint: AtomicU64::new(0),
             reserved0: [const { AtomicU32::new(0) }; 6],
             section: [const { AtomicU32::new(0) }; SECTION_BYTES / 4],
@@ -206,6 +229,21 @@ const _: () = {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn answers_are_for_one_ticket() {
+        for ticket in [1, 2, LAST_TICKET] {
+            assert_eq!(unanswered(ticket, 0), Some(ticket));
+            for what in [ANSWER_DUMPED, ANSWER_RESTORED, ANSWER_FAILED, ANSWER_NOBODY] {
+                let value = answer(ticket, what);
+                assert_eq!(answer_for(ticket, value), Some(what));
+                assert_eq!(unanswered(ticket, value), None);
+                assert_eq!(answer_for(ticket - 1, value), None);
+                assert_eq!(unanswered(ticket % LAST_TICKET + 1, value), Some(ticket % LAST_TICKET + 1));
+            }
+        }
+        assert_eq!(unanswered(0, answer(1, ANSWER_DUMPED)), None);
+    }
 
     #[test]
     fn requests_survive_packing() {

@@ -9,12 +9,14 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use ckpt_abi::hooks::{ANSWER_NOBODY, DUMP_NOW_SIGNAL};
+use ckpt_abi::hooks::{ANSWER_NOBODY, DUMP_NOW_SIGNAL, HOOKS_OFFSET, Hooks, answer, unanswered};
 use ckpt_abi::init_protocol::{KillScope, Kind, VERSION, WindowSize, parse_kill_arg};
+use ckpt_abi::interceptor::{CONTROL_SIZE_BYTES, decode_control};
 use ckpt_sys::spawn::Reaped;
 use ckpt_sys::{local_socket, pty, spawn};
 use nix::errno::Errno;
@@ -88,6 +90,27 @@ struct Client {
     /// Answer what is queued, then close.
     closing: bool,
     gone: bool,
+}
+
+/// Tells a process that waits for a dump that nobody makes one. Who queues a signal says himself where his control word is and who he
+/// is: it is written only to what is a control word, of that process, in which a call waits.
+fn tell_nobody(pid: ckpt_sys::Pid, control_word: u64) -> Result<(), ckpt_sys::Errno> {
+    let mut word = [0; CONTROL_SIZE_BYTES];
+    if !control_word.is_multiple_of(CONTROL_SIZE_BYTES as u64) {
+        return Ok(());
+    }
+    ckpt_sys::memory::read(pid, control_word, &mut word)?;
+    let get = |field: usize| {
+        let bytes = word[HOOKS_OFFSET + field..].first_chunk();
+        bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
+    };
+    if decode_control(&word).is_none() || get(offset_of!(Hooks, owner)) != pid.as_raw() as u32 {
+        return Ok(());
+    }
+    let (asking, answered) = (get(offset_of!(Hooks, asking)), get(offset_of!(Hooks, answer)));
+    let Some(ticket) = unanswered(asking, answered) else { return Ok(()) };
+    let at = control_word + (HOOKS_OFFSET + offset_of!(Hooks, answer)) as u64;
+    ckpt_sys::memory::write(pid, at, &answer(ticket, ANSWER_NOBODY).to_le_bytes())
 }
 
 impl Client {
@@ -419,17 +442,15 @@ impl Supervisor {
         }
     }
 
-    /// A process of the job asks for a dump (`ckpt_abi::hooks`). If nobody is there to make one it is told so at once. Only who may
-    /// signal this process can ask, and what is written there it could write itself.
-    fn asked_for_dump(&mut self, pid: i32, answer: u64) {
+    /// A process of the job asks for a dump (`ckpt_abi::hooks`). If nobody is there to make one it is told so at once.
+    fn asked_for_dump(&mut self, pid: i32, control_word: u64) {
         let told = match self.spec.supervised {
             Some(_) => self.tell_supervisor(DUMP_NOW_SIGNAL),
             None => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         };
         if told.is_err() && pid > 1 {
             // One that is gone needs no answer.
-            let _ =
-                ckpt_sys::memory::write(ckpt_sys::Pid::from_raw(pid), answer, &ANSWER_NOBODY.to_le_bytes());
+            let _ = tell_nobody(ckpt_sys::Pid::from_raw(pid), control_word);
         }
     }
 

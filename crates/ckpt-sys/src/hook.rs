@@ -37,11 +37,10 @@ fn first_time() -> bool {
     !BEEN_HERE.swap(true, std::sync::atomic::Ordering::Relaxed)
 }
 
-/// Between *discover* and the first *freeze* of a dump: makes the file `CKPT_TEST_BEFORE_FREEZE` and waits until it is gone, so that
-/// a job can be made to change just then.
-pub fn before_freeze() {
-    #[cfg(feature = "test-hooks")]
-    if let Some(path) = std::env::var_os("CKPT_TEST_BEFORE_FREEZE").filter(|_| first_time()) {
+/// Makes the file that a variable names, if it is set, and waits until the file is gone.
+#[cfg(feature = "test-hooks")]
+fn hold(variable: &str) {
+    if let Some(path) = std::env::var_os(variable) {
         let path = std::path::Path::new(&path);
         if std::fs::write(path, b"").is_ok() {
             while path.exists() {
@@ -49,6 +48,21 @@ pub fn before_freeze() {
             }
         }
     }
+}
+
+/// Between *discover* and the first *freeze* of a dump: makes the file `CKPT_TEST_BEFORE_FREEZE` and waits until it is gone, so that
+/// a job can be made to change just then.
+pub fn before_freeze() {
+    #[cfg(feature = "test-hooks")]
+    if first_time() {
+        hold("CKPT_TEST_BEFORE_FREEZE");
+    }
+}
+
+/// Between the writing of a checkpoint and its publication: the same with `CKPT_TEST_BEFORE_PUBLISH`.
+pub fn before_publish() {
+    #[cfg(feature = "test-hooks")]
+    hold("CKPT_TEST_BEFORE_PUBLISH");
 }
 
 /// Writes the number of points passed to the file `CKPT_TEST_COUNT`.

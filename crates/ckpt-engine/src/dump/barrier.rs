@@ -147,7 +147,10 @@ fn lends_memory(member: &Member<'_>) -> Vec<Pending> {
 fn critical_section(member: &Member<'_>) -> Vec<Pending> {
     let name = member.word.and_then(|word| hooks::critical_section(word, || inner(member.host)));
     name.into_iter()
-        .map(|name| Pending { task: member.host, what: format!("the critical section \"{name}\"") })
+        .map(|name| Pending {
+            task: member.host,
+            what: format!("a critical section (begun last: \"{name}\")"),
+        })
         .collect()
 }
 

@@ -15,8 +15,8 @@ use super::freeze;
 use crate::error::{DumpError, Refusals};
 use crate::model::process::{children, read_proc};
 use ckpt_abi::hooks::{
-    ANSWER_DUMPED, ANSWER_FAILED, ANSWER_NONE, HOOKS_OFFSET, Hooks, Phase, SECTION_BYTES, VETOED, phase,
-    request, sequence,
+    ANSWER_DUMPED, ANSWER_FAILED, HOOKS_OFFSET, Hooks, Phase, SECTION_BYTES, VETOED, answer, phase, request,
+    sequence, unanswered,
 };
 use ckpt_abi::interceptor::{Control, IN_FLIGHT_CRITICAL};
 use ckpt_sys::ptrace::{self, Stop};
@@ -46,8 +46,8 @@ struct Member {
     own: bool,
     /// What was last asked of it.
     asked: u32,
-    /// It is waiting for a dump that it has asked for.
-    asking: bool,
+    /// The ticket by which it was waiting for a dump that it has asked for, when it was noted.
+    ticket: Option<u32>,
 }
 
 impl Member {
@@ -59,7 +59,7 @@ impl Member {
         let thread = word.read_u32(at(offset_of!(Hooks, thread))).ok().filter(|t| own && *t != 0);
         let thread = thread.and_then(|tid| host_thread(host, tid as i32));
         let asked = word.read_u32(at(offset_of!(Hooks, request))).ok()?;
-        Some(Member { pid, word, thread, own, asked, asking: false })
+        Some(Member { pid, word, thread, own, asked, ticket: None })
     }
 
     fn get(&self, field: usize) -> Option<u32> {
@@ -77,10 +77,28 @@ impl Member {
         let _ = self.set(offset_of!(Hooks, request), wanted);
     }
 
-    fn waits_for_dump(&self) -> bool {
-        self.own
-            && self.get(offset_of!(Hooks, asking)) == Some(1)
-            && self.get(offset_of!(Hooks, answer)) == Some(ANSWER_NONE)
+    /// The ticket of the call that waits for a dump.
+    fn waits_by(&self) -> Option<u32> {
+        let asking = self.get(offset_of!(Hooks, asking)).filter(|_| self.own)?;
+        unanswered(asking, self.get(offset_of!(Hooks, answer))?)
+    }
+
+    /// Notes whether it waits.
+    fn note(&mut self) {
+        self.ticket = self.waits_by();
+    }
+
+    /// Answers the call that was noted, unless it waits no longer or has been answered. `number` is that of a checkpoint.
+    fn answer(&mut self, what: u32, number: Option<u64>) {
+        // A later call doesn't take the answer, whenever it begins. That it is not written at all keeps the one that such a
+        // call may have had meanwhile.
+        let Some(ticket) = self.ticket.take().filter(|ticket| self.waits_by() == Some(*ticket)) else {
+            return;
+        };
+        if let Some(number) = number {
+            let _ = self.word.write(at(offset_of!(Hooks, answered_checkpoint)), &number.to_le_bytes());
+        }
+        let _ = self.set(offset_of!(Hooks, answer), answer(ticket, what));
     }
 
     fn has_answered(&self) -> bool {
@@ -265,16 +283,14 @@ impl Cooperation {
     /// Notes who waits for the dump that is being made. Call it while the job is frozen.
     pub fn note_asking(&mut self) {
         for m in &mut self.members {
-            m.asking = m.waits_for_dump();
+            m.note();
         }
     }
 
     /// The checkpoint is there: tells those who have been waiting for it. Its number is 0 if it has none.
     pub fn published(&mut self, number: u64) {
-        for m in self.members.iter_mut().filter(|m| m.asking) {
-            m.asking = false;
-            let _ = m.word.write(at(offset_of!(Hooks, answered_checkpoint)), &number.to_le_bytes());
-            let _ = m.set(offset_of!(Hooks, answer), ANSWER_DUMPED);
+        for m in &mut self.members {
+            m.answer(ANSWER_DUMPED, Some(number));
         }
     }
 
@@ -309,22 +325,34 @@ pub fn are_registered(init: i32) -> bool {
     members(init).iter().any(|m| m.thread.is_some())
 }
 
-/// Whether a process of the job waits for a dump that it has asked for.
-pub fn is_asked_for(init: i32) -> bool {
-    members(init).iter().any(Member::waits_for_dump)
-}
+/// The processes of a job that wait for a dump that they have asked for.
+#[derive(Debug, Default)]
+pub struct Asking(Vec<Member>);
 
-/// Tells all processes of a job that wait for a dump that it has failed.
-pub fn tell_failure(init: i32) {
-    for m in members(init) {
-        if m.waits_for_dump() {
-            let _ = m.set(offset_of!(Hooks, answer), ANSWER_FAILED);
+impl Asking {
+    /// Those that wait now.
+    pub fn of(init: i32) -> Asking {
+        let mut all = members(init);
+        all.iter_mut().for_each(Member::note);
+        all.retain(|m| m.ticket.is_some());
+        Asking(all)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Tells those that still wait that the dump has failed. Who has asked since is not told.
+    pub fn tell_failure(&mut self) {
+        for m in &mut self.0 {
+            m.answer(ANSWER_FAILED, None);
         }
     }
 }
 
-/// The critical section that a process is in, by its name, which may be empty. `None` if it is in none. `pid` is that which it
-/// sees itself.
+/// The critical section that a process has begun last, by its name, which may be empty. `None` if it is in none. That one may have
+/// ended, with another thread's going on. `pid` is that which it sees itself.
 pub fn critical_section(word: &ControlWord, pid: impl FnOnce() -> i32) -> Option<String> {
     let counter = offset_of!(Control, in_flight) + 4 * IN_FLIGHT_CRITICAL;
     if word.read_u32(counter).ok()? == 0
@@ -340,6 +368,7 @@ pub fn critical_section(word: &ControlWord, pid: impl FnOnce() -> i32) -> Option
 
 /// Why a process is not dumped that is in a critical section: what, and what to do.
 pub fn refusal_of_section(name: &str) -> (String, &'static str) {
-    let what = format!("it is in the critical section \"{name}\", in which it must not be dumped");
+    let what =
+        format!("it is in a critical section and must not be dumped; the one begun last is \"{name}\"");
     (what, "dump again when it is over, or give it more time: --barrier-timeout")
 }

@@ -7,8 +7,8 @@
 use super::build_tree::Build;
 use crate::dump::control_word::ControlWord;
 use ckpt_abi::hooks::{
-    ANSWER_NONE, ANSWER_RESTORED, COPY_OFFSET, Copy, HOOKS_OFFSET, Hooks, NAME_BYTES, Phase, request,
-    sequence,
+    ANSWER_RESTORED, COPY_OFFSET, Copy, HOOKS_OFFSET, Hooks, NAME_BYTES, Phase, answer, request, sequence,
+    unanswered,
 };
 use ckpt_sys::Pid;
 use std::mem::offset_of;
@@ -60,11 +60,10 @@ fn write(word: &ControlWord, pid: i32, told: &Told) -> std::io::Result<()> {
     if word.read_u32(hooks(offset_of!(Hooks, owner)))? != pid as u32 {
         return Ok(());
     }
-    if word.read_u32(hooks(offset_of!(Hooks, asking)))? == 1
-        && word.read_u32(hooks(offset_of!(Hooks, answer)))? == ANSWER_NONE
-    {
+    let asking = word.read_u32(hooks(offset_of!(Hooks, asking)))?;
+    if let Some(ticket) = unanswered(asking, word.read_u32(hooks(offset_of!(Hooks, answer)))?) {
         word.write(hooks(offset_of!(Hooks, answered_checkpoint)), &told.checkpoint.to_le_bytes())?;
-        word.write(hooks(offset_of!(Hooks, answer)), &ANSWER_RESTORED.to_le_bytes())?;
+        word.write(hooks(offset_of!(Hooks, answer)), &answer(ticket, ANSWER_RESTORED).to_le_bytes())?;
     }
     // Without a thread nobody looks at it.
     let asked = word.read_u32(hooks(offset_of!(Hooks, request)))?;
