@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-/* An io_uring on which five requests have completed, and one waits for a pipe. */
+/*
+ * An io_uring on which five requests have completed, and one waits for a pipe. With "closes" that one completes when a file "event"
+ * appears, and the ring is closed then.
+ */
 #include "guest.h"
 
 #include <linux/io_uring.h>
@@ -8,7 +11,7 @@
 static struct io_uring_params params;
 static struct io_uring_sqe *requests;
 static char *rings;
-static int ring;
+static int ring, ends[2];
 
 static unsigned *word(unsigned offset)
 {
@@ -25,10 +28,15 @@ static void submit(struct io_uring_sqe request)
 	EXPECT_EQ("io_uring_enter", 1, MUST(syscall(SYS_io_uring_enter, ring, 1, 0, 0, NULL, 0)));
 }
 
+static void complete(void)
+{
+	MUST(write(ends[1], "x", 1));
+	MUST(syscall(SYS_io_uring_enter, ring, 0, 6, IORING_ENTER_GETEVENTS, NULL, 0));
+	EXPECT_EQ("completions now", 6, *word(params.cq_off.tail));
+}
+
 int main(int argc, char **argv)
 {
-	int ends[2];
-
 	guest_begin(argc, argv);
 	ring = (int)syscall(SYS_io_uring_setup, 8, &params);
 	if (ring < 0)
@@ -41,10 +49,17 @@ int main(int argc, char **argv)
 	submit((struct io_uring_sqe){ .opcode = IORING_OP_POLL_ADD, .fd = ends[0], .poll_events = POLLIN, .user_data = 5 });
 	EXPECT_EQ("completions", 5, *word(params.cq_off.tail));
 	guest_ready();
-	guest_wait_go();
-
-	MUST(write(ends[1], "x", 1));
-	MUST(syscall(SYS_io_uring_enter, ring, 0, 6, IORING_ENTER_GETEVENTS, NULL, 0));
-	EXPECT_EQ("completions now", 6, *word(params.cq_off.tail));
+	if (argc > 2 && !strcmp(argv[2], "closes")) {
+		while (!guest_exists("event"))
+			guest_nap();
+		complete();
+		MUST(munmap(rings, 4096));
+		MUST(munmap(requests, 4096));
+		MUST(close(ring));
+		guest_wait_go();
+	} else {
+		guest_wait_go();
+		complete();
+	}
 	guest_ok();
 }

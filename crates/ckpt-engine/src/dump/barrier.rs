@@ -121,6 +121,7 @@ pub const CONDITIONS: &[Condition] = &[
     Condition { name: "vfork", pending: lends_memory },
     Condition { name: "rights", pending: descriptors_on_their_way },
     Condition { name: "aio", pending: crate::resource::aio::pending },
+    Condition { name: "io_uring", pending: crate::resource::fd::io_uring::pending },
     Condition { name: "section", pending: critical_section },
 ];
 

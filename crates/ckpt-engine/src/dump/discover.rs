@@ -4,6 +4,7 @@
 use crate::error::{DumpError, Refusals};
 use crate::model::build_id::BuildIds;
 use crate::model::{Job, JobInfo};
+use crate::resource::fd::{io_uring, unsupported};
 use crate::resource::{REGISTRY, in_order};
 use crate::snapshot::{Prepared, private_bytes};
 use ckpt_image::Compression;
@@ -64,9 +65,13 @@ pub fn examine(job: &mut Job, mut refusals: Refusals) -> Result<(), DumpError> {
         let Some(f) = job.files.get_mut(&id) else { continue };
         f.kind = kind;
         if kind.is_none() {
-            let (what, advice) = crate::resource::fd::unsupported(f);
+            let (what, advice) = unsupported(f);
+            let is_passing = f.seen.target == io_uring::TARGET && io_uring::is_busy(&f.seen.info);
             for (pid, fd) in &f.holders {
-                refusals.fd(*pid, *fd, what.clone(), advice);
+                match is_passing {
+                    true => refusals.passing(*pid, Some(*fd), what.clone(), advice),
+                    false => refusals.fd(*pid, *fd, what.clone(), advice),
+                }
             }
         }
     }

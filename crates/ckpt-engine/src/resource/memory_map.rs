@@ -4,11 +4,12 @@
 //! Stored are pages that exist only in this process: anonymous memory, and private copies of file pages. What is shared
 //! belongs to [`super::shared_object`], what is unchanged in a file stays there.
 
+use super::fd::io_uring;
 use super::{At, Collect, Collected, Content, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
-use crate::model::file::FileStat;
+use crate::model::file::{FileStat, OpenFile};
 use crate::model::memory::Vma;
 use crate::model::process::{Process, ProcessId};
 use crate::restore::build_tree::{Build, open_call};
@@ -229,17 +230,20 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
             "RDMA users can't be checkpointed",
         );
     } else if v.name.contains("[io_uring]") {
-        refusals.process(
-            p.pid,
-            format!("{named} is an io_uring"),
-            "io_uring is not supported; many programs can do without it by an option",
-        );
+        let busy = |f: &OpenFile| f.seen.target == io_uring::TARGET && io_uring::is_busy(&f.seen.info);
+        let what = format!("{named} is an io_uring");
+        if job.files.values().any(busy) {
+            refusals.passing(p.pid, None, what, io_uring::ADVICE);
+        } else {
+            refusals.process(p.pid, what, io_uring::ADVICE);
+        }
     } else if v.name.starts_with("/SYSV") {
         refusals.process(p.pid, format!("{named} is System V shared memory"), "not supported");
     } else {
         refuse_flags(p.pid, v, &named, job.info.tracked.contains(&ProcessId::of(p)), refusals);
     }
-    if v.is_file() && !v.deleted && !super::shared_object::is_memory_object(v) {
+    let has_path = v.is_file() && !v.deleted && !v.name.contains("[io_uring]");
+    if has_path && !super::shared_object::is_memory_object(v) {
         match std::fs::metadata(job.outside(&v.name)) {
             Ok(m) if FileStat::of(&m).ino == v.ino => {}
             _ => refusals.process(

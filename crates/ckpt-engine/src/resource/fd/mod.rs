@@ -9,6 +9,7 @@ pub mod external;
 pub mod fifo;
 pub mod file_lock;
 pub mod inotify;
+pub mod io_uring;
 pub mod pipe;
 pub mod regular_file;
 pub mod signalfd;
@@ -102,33 +103,12 @@ impl Opened {
     }
 }
 
-/// An io_uring(7) in words. Its counters tell how far it got, not what is in flight: a request may complete many times or never.
-fn io_uring(f: &OpenFile) -> String {
-    let number = |key| f.info(key).and_then(|v| v.parse::<u32>().ok());
-    let (Some(submitted), Some(completed)) = (number("CachedSqHead"), number("CachedCqTail")) else {
-        return "io_uring".into();
-    };
-    // The list of armed polls has a line for each, up to the next list.
-    let polls = f.seen.info.lines().skip_while(|l| *l != "PollList:").skip(1);
-    let polls = polls.take_while(|l| l.trim_start().starts_with("op=")).count();
-    let more = [("files registered", number("UserFiles")), ("buffers registered", number("UserBufs"))];
-    let more = more.into_iter().filter_map(|(what, n)| Some((n.filter(|n| *n > 0)?, what)));
-    let polls = (polls > 0).then_some((polls as u32, "polls armed"));
-    let more: String = polls.into_iter().chain(more).map(|(n, what)| format!(", {n} {what}")).collect();
-    let missing = submitted.wrapping_sub(completed) as i32;
-    if missing > 0 {
-        format!("io_uring: {submitted} requests submitted, {missing} more than completed{more}")
-    } else {
-        format!("io_uring: {submitted} requests submitted, {completed} completions{more}")
-    }
-}
-
 /// What an unsupported open file description is, and what to do about it.
 pub fn unsupported(f: &OpenFile) -> (String, &'static str) {
     let target = &f.seen.target;
     let starts = |p: &str| target.starts_with(p);
-    if target == "anon_inode:[io_uring]" {
-        (io_uring(f), "io_uring is not supported; many programs can do without it by an option")
+    if target == io_uring::TARGET {
+        (io_uring::words(&f.seen.info), io_uring::ADVICE)
     } else if starts("/dev/nvidia") || starts("/dev/dri/") || starts("/dev/kfd") {
         (format!("GPU device {target}"), "GPU users can't be checkpointed; finish or close the device first")
     } else if starts("/dev/infiniband") {
