@@ -4,12 +4,11 @@
 use std::fs;
 
 use ckpt_tests::{
-    Failure, Outcome,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    Failure,
+    guest::{GUEST_DEADLINE, Guest, passes},
     job::COMMAND_DEADLINE,
     process::poll_until,
     proof::{control, each_user, prove, prove_generations, prove_goes_on, prove_needs, with_ready_job},
-    sandbox::Sandbox,
     user::Users,
 };
 
@@ -44,15 +43,6 @@ fn contexts_through_generations() {
 #[test]
 fn contexts_need_their_kind() {
     prove_needs(ckpt_tests::kinds::AIO, &Guest::new("aio"));
-}
-
-fn passes(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says {other:?}"))),
-    }
 }
 
 /// Without the interceptor nobody knows whether requests are in flight: the dump is refused, and says so.

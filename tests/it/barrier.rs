@@ -9,7 +9,7 @@ use ckpt_abi::interceptor::{Control, GATE_CLOSED, GATE_OPEN};
 use ckpt_engine::dump::control_word::ControlWord;
 use ckpt_tests::{
     Failure, Outcome,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, passes},
     job::{COMMAND_DEADLINE, Job},
     process::{Finished, HostProcess, Running, poll_until},
     proof::{each_user, with_ready_job},
@@ -103,20 +103,11 @@ fn all_open(job: &Job<'_>) -> Outcome<()> {
     Ok(())
 }
 
-fn verdict(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says: {other:?}"))),
-    }
-}
-
 fn restored(job: &Job<'_>, sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
     job.kill()?;
     job.restore(None, &[])?;
     all_open(job)?;
-    verdict(sandbox, nonce)
+    passes(sandbox, nonce)
 }
 
 fn flow(label: &str, guest: &Guest, flow: impl Fn(&Sandbox, &Job<'_>, &str) -> Outcome<()>) {
@@ -386,7 +377,7 @@ fn the_gate_works_in_a_restored_job() {
         wait_at_the_gate(job)?;
         write(offset_of!(Control, gate), &GATE_OPEN.to_le_bytes())?;
         wait_for_file(sandbox, "done")?;
-        verdict(sandbox, nonce)
+        passes(sandbox, nonce)
     });
 }
 
@@ -445,7 +436,7 @@ fn a_moment_without_descriptors_on_their_way_is_made() {
         let refused = job.ckpt(&["dump", &job.name, "--barrier-timeout", "300ms"], &[])?;
         let said = refused.stderr.contains("descriptors on their way");
         ensure(refused.code == 114 && said, "not refused", &refused)?;
-        verdict(sandbox, nonce)
+        passes(sandbox, nonce)
     });
 }
 

@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 use ckpt_image::{Parent, Reader, RunKind, Writer, ZeroPages, read_header, store::Store};
 use ckpt_tests::{
     Failure, Outcome,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{Guest, passes},
     job::Job,
     process::Finished,
     proof::{each_user, with_ready_job},
@@ -149,12 +149,7 @@ fn a_chain_by_its_commands() {
             job.succeed(&["rm", &base], &[])?;
             expect(&job.ckpt(&["list"], &[])?, 0, &[&newest])?;
             job.restore(Some(3), &[])?;
-            let talk = Talk::with(sandbox);
-            talk.go()?;
-            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-                Some(Verdict::Ok) => Ok(()),
-                other => Err(Failure(format!("the guest says: {other:?}"))),
-            }
+            passes(sandbox, nonce)
         })
     });
 }

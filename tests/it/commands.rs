@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use ckpt_tests::{
     Failure, Outcome,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{Guest, Talk, passes},
     job::{Job, RunOptions},
     process::Finished,
     proof::{each_user, with_ready_job},
-    sandbox::Sandbox,
     user::Users,
 };
 
@@ -31,15 +30,6 @@ fn json(job: &Job<'_>, words: &[&str]) -> Outcome<serde_json::Value> {
         .map_err(|error| Failure(format!("no JSON: {error}\n{}", finished.report())))
 }
 
-fn expect_ok(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says: {other:?}"))),
-    }
-}
-
 #[test]
 fn compressions() {
     each_user("command-compress", Users::Both, |sandbox| {
@@ -50,7 +40,7 @@ fn compressions() {
                 job.succeed(&["verify", &job.name], &[])?;
                 job.restore(None, &[])?;
             }
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -64,7 +54,7 @@ fn dump_stop_ends_the_job() {
                 return Err(Failure::new("the job still runs after dump --stop"));
             }
             job.restore(None, &[])?;
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -83,7 +73,7 @@ fn older_checkpoint_by_number() {
             expect_code(&job.ckpt(&["restore", &format!("{}@3", job.name), "--detach"], &[])?, NOT_FOUND)?;
             expect_code(&job.ckpt(&["verify", &format!("{}@3", job.name)], &[])?, NOT_FOUND)?;
             job.restore(Some(1), &[])?;
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -110,7 +100,7 @@ fn json_of_a_running_job_and_its_checkpoint() {
                 return Err(Failure(format!("inspect does not name the program:\n{}", read.report())));
             }
             job.succeed(&["check", &job.name], &[])?;
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -158,7 +148,7 @@ fn what_does_not_exist() {
             for words in [&["frobnicate"][..], &["dump"], &["dump", &job.name, "--compress", "rot13"]] {
                 expect_code(&job.ckpt(words, &[])?, USAGE)?;
             }
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }

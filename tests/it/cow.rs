@@ -7,7 +7,7 @@ use std::{fs, time::Duration, time::Instant};
 use ckpt_tests::{
     Failure, Outcome, announce,
     fingerprint::Fingerprint,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, passes},
     job::Job,
     process::{HostProcess, Running, poll_until},
     proof::{each_user, left_nothing_behind, with_ready_job},
@@ -27,12 +27,7 @@ fn expect(condition: bool, what: impl Into<String>) -> Outcome<()> {
 }
 
 fn end(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says: {other:?}"))),
-    }
+    passes(sandbox, nonce)
 }
 
 /// Processes of the job that are frozen copies.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use ckpt_tests::{
     Failure, Outcome, announce,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, passes},
     pages::{Pages, difference, pages_of},
     process::poll_until,
     proof::{self, dump_by, each_user, with_ready_job},
@@ -97,12 +97,7 @@ fn same_pages_from_all_engines() {
                 for process in guests {
                     process.signal(Signal::SIGCONT);
                 }
-                let talk = Talk::with(sandbox);
-                talk.go()?;
-                match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-                    Some(Verdict::Ok) => Ok(()),
-                    other => Err(Failure(format!("the guest says: {other:?}"))),
-                }
+                passes(sandbox, nonce)
             })
         });
     }

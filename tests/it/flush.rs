@@ -3,7 +3,7 @@
 
 use ckpt_tests::{
     Failure,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{Guest, passes},
     proof::{each_user, with_ready_job},
     user::Users,
 };
@@ -20,12 +20,7 @@ fn flushed(guest: &Guest) {
             if count.is_none_or(|n| n < 3) || warnings.is_none_or(|all| !all.is_empty()) {
                 return Err(Failure(format!("not all is flushed:\n{}", dumped.report())));
             }
-            let talk = Talk::with(sandbox);
-            talk.go()?;
-            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-                Some(Verdict::Ok) => Ok(()),
-                other => Err(Failure(format!("the guest says: {other:?}"))),
-            }
+            passes(sandbox, nonce)
         })
     });
 }

@@ -12,7 +12,7 @@ use std::{
 use ckpt_tests::{
     Failure, Outcome, announce,
     fingerprint::Fingerprint,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{Guest, passes},
     job::Job,
     process::Finished,
     proof::{each_user, left_nothing_behind, with_ready_job},
@@ -240,12 +240,7 @@ fn expect_dump_fails(sandbox: &Sandbox, job: &Job<'_>, nonce: &str, store: &str)
         return Err(Failure(format!("half a checkpoint is to be seen:\n{}", verified.report())));
     }
     job.dump(&["--dir", &format!("{}/elsewhere/", sandbox.root.display())])?;
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says: {other:?}"))),
-    }
+    passes(sandbox, nonce)
 }
 
 /// A mount that is gone when the test ends, however it ends.

@@ -10,7 +10,7 @@ use ckpt_image::Reader;
 use ckpt_tests::{
     Failure, Outcome, announce,
     fingerprint::Fingerprint,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, passes},
     job::Job,
     pages::{difference, pages_of},
     process::poll_until,
@@ -123,12 +123,7 @@ fn restore(job: &Job<'_>) -> Outcome<()> {
 }
 
 fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says: {other:?}"))),
-    }
+    passes(sandbox, nonce)
 }
 
 #[test]

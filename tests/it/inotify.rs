@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 
 use ckpt_tests::{
     Failure, Outcome,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{Guest, passes},
     job::Job,
     proof::{each_user, prove_goes_on, with_ready_job},
     sandbox::Sandbox,
@@ -18,15 +18,6 @@ ckpt_tests::guest_tests! {
 
 const CONFLICT: i32 = 113;
 const REFUSED: i32 = 114;
-
-fn passes(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says {other:?}"))),
-    }
-}
 
 fn write(path: &Path, text: &str) -> Outcome<()> {
     fs::write(path, text).map_err(|error| Failure(format!("{}: {error}", path.display())))

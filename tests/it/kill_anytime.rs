@@ -9,7 +9,7 @@ use std::{fs, path::Path, time::Duration};
 use ckpt_tests::{
     Failure, Outcome, announce,
     fingerprint::Fingerprint,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{Guest, Talk, passes},
     job::Job,
     process::poll_until,
     proof::{each_user, left_nothing_behind, with_ready_job},
@@ -139,12 +139,7 @@ fn dump_killed(label: &str, guest: &Guest, users: Users, most: u64) {
 }
 
 fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says: {other:?}"))),
-    }
+    passes(sandbox, nonce)
 }
 
 /// Every file below `dir` with its length and modification time, but for the notes of how often a checkpoint was restored.

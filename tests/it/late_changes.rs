@@ -6,7 +6,7 @@ use std::fs;
 
 use ckpt_tests::{
     Failure, Outcome, announce,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, Talk, Verdict, passes},
     job::{COMMAND_DEADLINE, Job},
     process::poll_until,
     proof::{each_user, with_ready_job},
@@ -45,12 +45,7 @@ fn prove(label: &str, guest: &Guest, options: &[&str]) {
             dump_late(job, sandbox, options, &[])?;
             job.kill()?;
             job.restore(None, &[])?;
-            let talk = Talk::with(sandbox);
-            talk.go()?;
-            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-                Some(Verdict::Ok) => Ok(()),
-                other => Err(Failure(format!("the guest says: {other:?}"))),
-            }
+            passes(sandbox, nonce)
         })
     });
 }
@@ -105,12 +100,7 @@ fn flags_of_large_mappings_are_those_of_the_moment() {
             dump_late(job, sandbox, &words[2..], IN_PARTS)?;
             job.kill()?;
             job.restore(None, &[])?;
-            let talk = Talk::with(sandbox);
-            talk.go()?;
-            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-                Some(Verdict::Ok) => Ok(()),
-                other => Err(Failure(format!("the guest says: {other:?}"))),
-            }
+            passes(sandbox, nonce)
         })
     });
 }

@@ -12,7 +12,7 @@ use std::{
 use ckpt_tests::{
     Failure, Outcome,
     fingerprint::Fingerprint,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, Talk, passes},
     job::{Job, RunOptions},
     process::{Finished, poll_until},
     proof::{each_user, left_nothing_behind, with_ready_job},
@@ -65,15 +65,6 @@ fn forget_more(sandbox: &Sandbox) {
     let _ = fs::remove_file(sandbox.work.join("wrote"));
 }
 
-fn expect_ok(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says: {other:?}"))),
-    }
-}
-
 fn output(sandbox: &Sandbox) -> PathBuf {
     sandbox.work.join("output")
 }
@@ -124,7 +115,7 @@ fn grown_output(mode: &str) {
             expect(holds(&sandbox.store, tail), "the cut tail is not kept beside the checkpoint")?;
             let said = format!("{}{}", restored.stdout, restored.stderr);
             expect(said.contains("output"), format!("the cut file is not named:\n{}", restored.report()))?;
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -175,7 +166,7 @@ fn second_restore_after_a_cut() {
             job.kill()?;
             expect_restored(job, &[])?;
             expect(read(&output(sandbox))? == at_dump, "the output is not as it was at the dump")?;
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -191,7 +182,7 @@ fn stop_lets_nothing_run() {
                 expect(job.init().is_none(), "the job lives on after dump --stop")?;
                 // A single write after the dump would be refused, as the files are written in place.
                 expect_restored(job, &["--files", "refuse"])?;
-                expect_ok(sandbox, nonce)
+                passes(sandbox, nonce)
             })
         });
     }
@@ -210,7 +201,7 @@ fn stopped_twice() {
             job.kill()?;
             expect_restored(job, &[])?;
             job.succeed(&["kill", job.name.as_str(), "CONT"], &[])?;
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -261,7 +252,7 @@ fn file_changed_in_the_middle_is_refused() {
             job.kill()?;
             expect_restored(job, &["--allow-changed", &path])?;
             expect(read(&output(sandbox))? == changed, "--allow-changed changed the file")?;
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -282,7 +273,7 @@ fn input_changed(label: &str, change: impl Fn(&PathBuf), goes_on_with_keep: bool
             expect_refused(job, &["--files", "rollback"], &path)?;
             if goes_on_with_keep {
                 expect_restored(job, &["--files", "keep"])?;
-                expect_ok(sandbox, nonce)?;
+                passes(sandbox, nonce)?;
             }
             Ok(())
         })
@@ -343,7 +334,7 @@ fn executable_changed(label: &str, change: impl Fn(&Path), judge: impl Fn(&Job<'
         job.kill()?;
         change(&program);
         judge(&job, &path)?;
-        if job.init().is_some() { expect_ok(sandbox, &nonce) } else { Ok(()) }
+        if job.init().is_some() { passes(sandbox, &nonce) } else { Ok(()) }
     });
 }
 
@@ -441,7 +432,7 @@ fn restored_side_by_side() {
             }
             let waiters: Vec<_> =
                 copies.iter().map(|copy| copy.start(&["wait", &copy.name], &[])).collect::<Outcome<_>>()?;
-            expect_ok(sandbox, nonce)?;
+            passes(sandbox, nonce)?;
             for waiter in waiters {
                 let finished = waiter.finish(Duration::from_secs(30))?;
                 expect(finished.code == 0, finished.report())?;
@@ -484,7 +475,7 @@ fn unsupported_is_named_all_at_once_and_nothing_touched() {
             }
             let list = job.ckpt(&["verify", &job.name], &[])?;
             expect(list.code == 112, format!("a refused dump left a checkpoint:\n{}", list.report()))?;
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -500,7 +491,7 @@ fn dispatched_system_calls_are_refused_and_nothing_touched() {
                 expect(refused.code == REFUSED, format!("expected status {REFUSED}:\n{}", refused.report()))?;
                 let said = refused.stderr.contains("PR_SET_SYSCALL_USER_DISPATCH");
                 expect(said, format!("the reason is not named:\n{}", refused.report()))?;
-                expect_ok(sandbox, nonce)
+                passes(sandbox, nonce)
             })
         });
     }
@@ -519,7 +510,7 @@ fn same_name_twice_is_a_conflict() {
             let options = RunOptions { interceptor: true, tty: false };
             let missing = Job::run(sandbox, "missing", options, &["/nonexistent/program".to_owned()]);
             expect(missing.is_err(), "a program that does not exist was run")?;
-            expect_ok(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }

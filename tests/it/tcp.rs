@@ -6,11 +6,10 @@ use std::{fs, net::TcpListener};
 
 use ckpt_tests::{
     Failure, Outcome,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{Guest, passes},
     job::Job,
     process::Finished,
     proof::{each_user, with_ready_job},
-    sandbox::Sandbox,
     user::{User, Users},
 };
 
@@ -23,15 +22,6 @@ const REFUSED: i32 = 114;
 
 fn expect(condition: bool, finished: &Finished) -> Outcome<()> {
     if condition { Ok(()) } else { Err(Failure(finished.report())) }
-}
-
-fn passes(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => Ok(()),
-        other => Err(Failure(format!("the guest says {other:?}"))),
-    }
 }
 
 /// Dumps a guest with connections: refused unless it is asked for, and then it is not disturbed.

@@ -7,7 +7,7 @@ use ckpt_abi::interceptor::{Control, GATE_CLOSED};
 use ckpt_engine::dump::control_word::ControlWord;
 use ckpt_tests::{
     Failure,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, passes},
     job::COMMAND_DEADLINE,
     process::poll_until,
     proof::{control, each_user, with_ready_job},
@@ -33,12 +33,7 @@ fn refused_with_what_is_in_flight() {
             if refused.code != REFUSED || !named {
                 return Err(Failure(refused.report()));
             }
-            let talk = Talk::with(sandbox);
-            talk.go()?;
-            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-                Some(Verdict::Ok) => Ok(()),
-                other => Err(Failure(format!("the guest says {other:?}"))),
-            }
+            passes(sandbox, nonce)
         })
     });
 }
@@ -66,12 +61,7 @@ fn what_is_in_flight_is_waited_for() {
             }
             job.kill()?;
             job.restore(None, &[])?;
-            let talk = Talk::with(sandbox);
-            talk.go()?;
-            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-                Some(Verdict::Ok) => Ok(()),
-                other => Err(Failure(format!("the guest says {other:?}"))),
-            }
+            passes(sandbox, nonce)
         })
     });
 }
