@@ -198,10 +198,23 @@ pub enum DumpError {
     },
     /// Writing the image failed.
     #[error(transparent)]
-    Image(#[from] WriteError),
+    Image(WriteError),
     /// State too large for a record.
     #[error(transparent)]
     Record(#[from] CodecError),
+}
+
+impl std::convert::From<WriteError> for DumpError {
+    /// What was ours before it passed through the writer is so again.
+    fn from(e: WriteError) -> DumpError {
+        match e {
+            WriteError::Origin(e) => match e.downcast() {
+                Ok(ours) => *ours,
+                Err(e) => DumpError::Image(WriteError::Origin(e)),
+            },
+            e => DumpError::Image(e),
+        }
+    }
 }
 
 impl DumpError {

@@ -182,6 +182,9 @@ pub enum WriteError {
         /// What is wrong.
         what: String,
     },
+    /// Content could not be read where it was to be read from.
+    #[error(transparent)]
+    Origin(Box<dyn std::error::Error + Send + Sync>),
     /// An earlier write failed, so the image cannot be completed.
     #[error("the image is incomplete: an earlier write to it failed")]
     Incomplete,

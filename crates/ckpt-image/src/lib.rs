@@ -24,6 +24,6 @@ mod writer;
 pub use compression::{Compression, UnknownCompression};
 pub use error::{IoHint, ReadError, WriteError};
 pub use format::{HeaderInfo, PAGE_SIZE, Parent};
-pub use pipeline::{Buffer, BufferPool};
+pub use pipeline::{Buffer, BufferPool, Origin};
 pub use reader::{ImageInfo, Object, Reader, Record, Run, RunKind, VerifyReport, read_header, read_link};
 pub use writer::{Identity, Summary, Writer, ZeroPages};

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How page content gets into an image: looking for zero pages, packing and checksums run in threads beside the writes.
+//! How page content gets into an image: reading it, looking for zero pages, packing and checksums are the work of several threads.
 //!
-//! Content comes in batches of up to 1 MiB. Whichever worker has prepared the batch whose turn it is writes it, and
-//! the ones behind it that are ready; the others go on preparing. So the image is the same as if there were one thread.
-//! Memory is bounded by the buffers of the pool: whoever wants one waits until one is free.
+//! Content comes in batches of up to 1 MiB. A worker takes one, reads what has yet to be read, prepares it, and writes it when
+//! it is its turn, while the others read and prepare the ones behind it. So the image is the same as if there were one thread, and
+//! what is written is still in the cache of the processor that has read it.
+//! Memory is bounded: each worker has one buffer, and of those of the pool, whoever wants one waits until one is free.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
+use std::error::Error;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, BufWriter, IoSlice, Write};
 use std::ops::{Deref, DerefMut, Range};
@@ -27,7 +30,7 @@ pub(crate) const BUFFER_BYTES: usize = MAX_RUN_PAGES as usize * PAGE_SIZE;
 /// Pieces in a batch, so that many small ones do not need much memory.
 const MAX_PIECES: usize = 1024;
 /// Batches on their way.
-const MAX_AHEAD: u64 = 64;
+const MAX_AHEAD: u64 = 8;
 /// More threads than these would need more memory than a dump is to take.
 const MAX_WORKERS: usize = 8;
 /// Buffers that a caller may hold while others are at work.
@@ -127,11 +130,26 @@ impl Drop for Buffer {
     }
 }
 
+/// Something that content is read from, by any thread, when there is time for it.
+pub trait Origin: Send + Sync + fmt::Debug {
+    /// Fills `buf` from `at`, which is an address or an offset, as its owner sees it.
+    ///
+    /// # Errors
+    /// Any error ends the image; it comes back as [`WriteError::Origin`].
+    fn read(&self, at: u64, buf: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>>;
+}
+
 /// Something to be listed, in the order of the calls.
 #[derive(Debug)]
 pub(crate) enum Piece {
-    /// Content in the batch's buffer.
-    Pages { object: u64, offset: u64, at: Range<usize>, zeros: ZeroPages },
+    /// Content in the batch's buffer, or to be read to there.
+    Pages {
+        object: u64,
+        offset: u64,
+        at: Range<usize>,
+        zeros: ZeroPages,
+        origin: Option<(Arc<dyn Origin>, u64)>,
+    },
     /// A SAME run.
     Entry(RunEntry),
 }
@@ -140,6 +158,7 @@ pub(crate) enum Piece {
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     pub(crate) pieces: Vec<Piece>,
+    /// None: all is read from elsewhere, into the worker's.
     pub(crate) buffer: Option<Buffer>,
     pub(crate) used: usize,
 }
@@ -155,38 +174,41 @@ struct Prepared {
     /// All but the positions is right.
     entries: Vec<RunEntry>,
     zero_pages: u64,
-    /// What goes into `pages`, one behind the other, with paddings.
+    /// What goes into `pages`, one behind the other, with paddings: in the buffer, or of what is packed.
     stretches: Vec<Range<usize>>,
-    content: Content,
 }
 
-enum Content {
-    Nothing,
-    Raw(Buffer),
-    /// The buffer is of no use any more, but held until this is written: that bounds how much is packed ahead.
-    Packed {
-        packed: Vec<u8>,
-        _held: Option<Buffer>,
-    },
+/// Memory of a worker, made when it is needed.
+#[derive(Default)]
+struct Room {
+    buffer: Vec<u8>,
+    packed: Vec<u8>,
+}
+
+/// Reads what has yet to be read.
+fn fill(pieces: &[Piece], buffer: &mut [u8]) -> Result<(), WriteError> {
+    for piece in pieces {
+        if let Piece::Pages { at, origin: Some((origin, from)), .. } = piece {
+            origin.read(*from, &mut buffer[at.clone()]).map_err(WriteError::Origin)?;
+        }
+    }
+    Ok(())
 }
 
 /// Finds runs, packs them and computes checksums.
-fn prepare(batch: Batch, packer: &mut Packer, spare: &Mutex<Vec<Vec<u8>>>) -> Prepared {
-    let mut out =
-        Prepared { entries: Vec::new(), zero_pages: 0, stretches: Vec::new(), content: Content::Nothing };
-    let mut packed = match (packer.compression(), &batch.buffer) {
-        (Compression::None, _) | (_, None) => None,
-        _ => Some(lock(spare).pop().unwrap_or_default()),
-    };
-    for piece in batch.pieces {
+fn prepare(pieces: &[Piece], buffer: &[u8], packer: &mut Packer, packed: &mut Vec<u8>) -> Prepared {
+    let mut out = Prepared { entries: Vec::new(), zero_pages: 0, stretches: Vec::new() };
+    let packs = packer.compression() != Compression::None;
+    packed.clear();
+    for piece in pieces {
         let (object, offset, at, zeros) = match piece {
             Piece::Entry(entry) => {
-                out.entries.push(entry);
+                out.entries.push(*entry);
                 continue;
             }
-            Piece::Pages { object, offset, at, zeros } => (object, offset, at, zeros),
+            Piece::Pages { object, offset, at, zeros, .. } => (*object, *offset, at.clone(), *zeros),
         };
-        let Some(data) = batch.buffer.as_ref().map(|buffer| &buffer[at.clone()]) else { continue };
+        let data = &buffer[at.clone()];
         // Runs are maximal stretches of pages of one sort; a piece is not longer than a run may be.
         let mut start = 0;
         while start < data.len() {
@@ -198,12 +220,11 @@ fn prepare(batch: Batch, packer: &mut Packer, spare: &Mutex<Vec<Vec<u8>>>) -> Pr
             let npages = ((stop - start) / PAGE_SIZE) as u32;
             let entry = |listed| RunEntry { object, offset: offset + start as u64, npages, listed };
             if !zero {
-                let listed = match &mut packed {
-                    None => {
-                        add_stretch(&mut out.stretches, at.start + start..at.start + stop);
-                        stored(&data[start..stop], Compression::None, 0)
-                    }
-                    Some(packed) => pack(&data[start..stop], packer, packed),
+                let listed = if packs {
+                    pack(&data[start..stop], packer, packed)
+                } else {
+                    add_stretch(&mut out.stretches, at.start + start..at.start + stop);
+                    stored(&data[start..stop], Compression::None, 0)
                 };
                 out.entries.push(entry(listed));
             } else {
@@ -215,14 +236,9 @@ fn prepare(batch: Batch, packer: &mut Packer, spare: &Mutex<Vec<Vec<u8>>>) -> Pr
             start = stop;
         }
     }
-    out.content = match (packed, batch.buffer) {
-        (Some(packed), buffer) => {
-            out.stretches.push(0..packed.len());
-            Content::Packed { packed, _held: buffer }
-        }
-        (None, Some(buffer)) => Content::Raw(buffer),
-        (None, None) => Content::Nothing,
-    };
+    if packs {
+        out.stretches.push(0..packed.len());
+    }
     out
 }
 
@@ -264,12 +280,7 @@ pub(crate) struct Sink {
 }
 
 impl Sink {
-    fn put(&mut self, prepared: &Prepared) -> Result<(), WriteError> {
-        let content: &[u8] = match &prepared.content {
-            Content::Nothing => &[],
-            Content::Raw(buffer) => buffer,
-            Content::Packed { packed, .. } => packed,
-        };
+    fn put(&mut self, prepared: &Prepared, content: &[u8]) -> Result<(), WriteError> {
         let mut slices: Vec<IoSlice<'_>> =
             prepared.stretches.iter().map(|at| IoSlice::new(&content[at.clone()])).collect();
         let mut position = self.summary.pages_bytes;
@@ -375,7 +386,6 @@ struct Shared {
     /// A batch was written.
     progress: Condvar,
     sink: Mutex<Sink>,
-    spare: Mutex<Vec<Vec<u8>>>,
 }
 
 struct Queue {
@@ -384,55 +394,68 @@ struct Queue {
     submitted: u64,
     /// Number of the batch that is to be written next: so many were written.
     next: u64,
-    ready: BTreeMap<u64, Prepared>,
-    somebody_writes: bool,
+    /// A batch could not be written: the image is lost.
+    failed: bool,
     error: Option<WriteError>,
 }
 
 impl Shared {
     fn work(&self, mut packer: Packer) {
+        let mut room = Room::default();
+        let mut queue = lock(&self.queue);
         loop {
-            let mut queue = lock(&self.queue);
-            let (number, batch) = loop {
-                if let Some(found) = queue.batches.pop_front() {
-                    break found;
-                }
+            let Some((number, batch)) = queue.batches.pop_front() else {
                 if queue.closed {
                     return;
                 }
                 queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
-            };
-            drop(queue);
-            let prepared = prepare(batch, &mut packer, &self.spare);
-            let mut queue = lock(&self.queue);
-            queue.ready.insert(number, prepared);
-            if queue.somebody_writes {
                 continue;
-            }
-            queue.somebody_writes = true;
-            let mut next = queue.next;
-            while let Some(prepared) = queue.ready.remove(&next) {
-                drop(queue);
-                let result = self.put(prepared);
-                queue = lock(&self.queue);
-                queue.next += 1;
-                next = queue.next;
-                if let Err(e) = result {
-                    queue.error.get_or_insert(e);
+            };
+            let lost = queue.failed;
+            drop(queue);
+            let turn = || {
+                let mut queue = lock(&self.queue);
+                while queue.next != number {
+                    queue = self.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 }
-                self.progress.notify_all();
+            };
+            let result = if lost {
+                Err(WriteError::Incomplete)
+            } else {
+                self.put(batch, &mut packer, &mut room, turn)
+            };
+            // Also of one that has failed before its turn.
+            turn();
+            queue = lock(&self.queue);
+            queue.next += 1;
+            if let Err(e) = result {
+                queue.failed = true;
+                queue.error.get_or_insert(e);
             }
-            queue.somebody_writes = false;
+            self.progress.notify_all();
         }
     }
 
-    fn put(&self, prepared: Prepared) -> Result<(), WriteError> {
-        let result = lock(&self.sink).put(&prepared);
-        if let Content::Packed { mut packed, .. } = prepared.content {
-            packed.clear();
-            lock(&self.spare).push(packed);
+    /// Prepares a batch, and writes it after its `turn` has come.
+    fn put(
+        &self,
+        mut batch: Batch,
+        packer: &mut Packer,
+        room: &mut Room,
+        turn: impl FnOnce(),
+    ) -> Result<(), WriteError> {
+        if batch.buffer.is_none() && batch.used > room.buffer.len() {
+            room.buffer = vec![0; BUFFER_BYTES];
         }
-        result
+        let buffer: &mut [u8] = match &mut batch.buffer {
+            Some(buffer) => buffer,
+            None => &mut room.buffer,
+        };
+        fill(&batch.pieces, buffer)?;
+        let prepared = prepare(&batch.pieces, buffer, packer, &mut room.packed);
+        let content = if packer.compression() == Compression::None { &*buffer } else { &room.packed };
+        turn();
+        lock(&self.sink).put(&prepared, content)
     }
 }
 
@@ -448,7 +471,7 @@ pub(crate) struct Pipeline {
 impl Pipeline {
     pub(crate) fn new(sink: Sink, compression: Compression) -> io::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        // Without packing, one writes and one computes checksums: no more is to be had of one file.
+        // Without packing, one writes and one reads: no more is to be had of one file.
         let workers = if compression == Compression::None { cores.min(2) } else { cores.min(MAX_WORKERS) };
         let packers = (0..workers).map(|_| Packer::new(compression)).collect::<io::Result<Vec<_>>>()?;
         let queue = Queue {
@@ -456,8 +479,7 @@ impl Pipeline {
             closed: false,
             submitted: 0,
             next: 0,
-            ready: BTreeMap::new(),
-            somebody_writes: false,
+            failed: false,
             error: None,
         };
         let shared = Shared {
@@ -465,7 +487,6 @@ impl Pipeline {
             work: Condvar::new(),
             progress: Condvar::new(),
             sink: Mutex::new(sink),
-            spare: Mutex::default(),
         };
         let pool = BufferPool::new(workers + 2 + CALLER_BUFFERS);
         Ok(Pipeline { shared: Arc::new(shared), threads: Vec::new(), packers, pool })
@@ -496,7 +517,7 @@ impl Pipeline {
             }
         }
         let mut queue = lock(&self.shared.queue);
-        // Those without content are not bounded by the buffers.
+        // Those whose content is not in a buffer of the pool are not bounded by it.
         while queue.submitted - queue.next >= MAX_AHEAD {
             queue = self.shared.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
@@ -515,8 +536,7 @@ impl Pipeline {
             match self.packers.first_mut() {
                 // Nothing has been handed over, and so little is not worth a thread.
                 Some(packer) => {
-                    let prepared = prepare(last, packer, &self.shared.spare);
-                    return self.shared.put(prepared);
+                    return self.shared.put(last, packer, &mut Room::default(), || ());
                 }
                 None => self.submit(last)?,
             }

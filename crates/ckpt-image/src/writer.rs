@@ -7,8 +7,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{self, BufWriter, IoSlice, Read, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{OFlag, openat};
@@ -21,7 +23,7 @@ use crate::format::{
     KIND_END, KIND_PARENT, Listed, MAX_BODY_BYTES, MAX_CHAIN_IMAGES, PAGE_SIZE, PAGES_FILE, Parent,
     RECORDS_FILE, RunEntry,
 };
-use crate::pipeline::{BUFFER_BYTES, Batch, Buffer, BufferPool, Piece, Pipeline, Sink};
+use crate::pipeline::{BUFFER_BYTES, Batch, Buffer, BufferPool, Origin, Piece, Pipeline, Sink};
 use crate::reader;
 
 /// What to do with pages that are all zero.
@@ -288,33 +290,39 @@ impl Writer {
         self.cover_pages(object, offset, data.len())?;
         for (i, piece) in data.chunks(BUFFER_BYTES).enumerate() {
             let offset = offset + (i * BUFFER_BYTES) as u64;
-            self.gather(object, offset, piece.len(), zeros, |buffer| {
-                buffer.copy_from_slice(piece);
-                Ok::<_, WriteError>(())
-            })?;
+            let at = self.place(piece.len())?;
+            let buffer = self.batch.buffer.get_or_insert_with(|| self.pipeline.pool.take());
+            buffer[at.clone()].copy_from_slice(piece);
+            self.add(Piece::Pages { object, offset, at, zeros, origin: None })?;
         }
         Ok(())
     }
 
-    /// As [`Writer::pages`], for `bytes` (1 MiB at most) that `fill` puts in place, so that they are not copied once more. It
-    /// gets memory with unspecified content, and is called at once.
+    /// As [`Writer::pages`], for `bytes` (1 MiB at most) that are read from `at` of `origin` when they are written, by whatever
+    /// thread. [`Writer::settle`] waits until they have been read.
     ///
     /// # Errors
-    /// As for [`Writer::pages`], and [`WriteError::BadRange`] for more than 1 MiB; what `fill` returns, after which the image
-    /// can't be completed.
-    pub fn pages_with<E: From<WriteError>>(
+    /// As for [`Writer::pages`], and [`WriteError::BadRange`] for more than 1 MiB. [`WriteError::Origin`], with this or a later
+    /// call, if they can't be read: the image can't be completed.
+    pub fn pages_from(
         &mut self,
         object: u64,
         offset: u64,
         bytes: usize,
         zeros: ZeroPages,
-        fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+        origin: &Arc<dyn Origin>,
+        at: u64,
+    ) -> Result<(), WriteError> {
         if bytes > BUFFER_BYTES {
-            return Err(WriteError::BadRange { object, offset, bytes: bytes as u64 }.into());
+            return Err(WriteError::BadRange { object, offset, bytes: bytes as u64 });
         }
         self.cover_pages(object, offset, bytes)?;
-        if bytes == 0 { Ok(()) } else { self.gather(object, offset, bytes, zeros, fill) }
+        if bytes == 0 {
+            return Ok(());
+        }
+        let place = self.place(bytes)?;
+        let origin = Some((Arc::clone(origin), at));
+        self.add(Piece::Pages { object, offset, at: place, zeros, origin })
     }
 
     /// As [`Writer::pages`], for content in a buffer of [`Writer::buffers`], which is written from there without being
@@ -337,7 +345,7 @@ impl Writer {
         let used = data.len();
         self.batch.buffer = Some(data);
         self.batch.used = used;
-        self.add(Piece::Pages { object, offset, at: 0..used, zeros })?;
+        self.add(Piece::Pages { object, offset, at: 0..used, zeros, origin: None })?;
         self.submit()
     }
 
@@ -452,24 +460,14 @@ impl Writer {
         Ok(())
     }
 
-    /// Puts content into the batch.
-    fn gather<E: From<WriteError>>(
-        &mut self,
-        object: u64,
-        offset: u64,
-        bytes: usize,
-        zeros: ZeroPages,
-        fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    /// Finds room in the batch.
+    fn place(&mut self, bytes: usize) -> Result<Range<usize>, WriteError> {
         if self.batch.used + bytes > BUFFER_BYTES {
             self.submit()?;
         }
         let at = self.batch.used..self.batch.used + bytes;
-        let buffer = self.batch.buffer.get_or_insert_with(|| self.pipeline.pool.take());
-        fill(&mut buffer[at.clone()]).inspect_err(|_| self.failed = true)?;
         self.batch.used = at.end;
-        self.add(Piece::Pages { object, offset, at, zeros })?;
-        Ok(())
+        Ok(at)
     }
 
     fn flush_same(&mut self) -> Result<(), WriteError> {

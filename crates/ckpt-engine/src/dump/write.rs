@@ -53,24 +53,28 @@ pub fn write(
         done += n;
         progress(done);
     };
-    for r in in_order() {
-        let mut cx = Content {
-            snapshot: &mut *snapshot,
-            sources: &collected.sources,
-            same,
-            deferred: &collected.deferred,
-            kept: &collected.kept,
-            stored: &mut stored,
-            writer: &mut writer,
-            pace,
-            progress: &mut advance,
-        };
-        r.content(&mut cx)?;
-    }
-    // What it holds is given back before the image is brought to the disk.
+    let mut contents = || {
+        for r in in_order() {
+            let mut cx = Content {
+                snapshot: &mut *snapshot,
+                sources: &collected.sources,
+                same,
+                deferred: &collected.deferred,
+                kept: &collected.kept,
+                stored: &mut stored,
+                writer: &mut writer,
+                pace,
+                progress: &mut advance,
+            };
+            r.content(&mut cx)?;
+        }
+        // What has not been read yet must be, as long as it is there.
+        Ok::<_, DumpError>(writer.settle()?)
+    };
+    let contents = contents();
+    // What it holds is given back before the image is brought to the disk. That it was lost is the cause of any other error.
     let account = snapshot.finish()?;
-    // Content on its way to the files has not been waited for.
-    writer.settle()?;
+    contents?;
     pace.wait(writer.bytes_written());
     ckpt_sys::hook::point();
     Ok((writer.finish()?, account))

@@ -35,7 +35,7 @@ use crate::model::memory::Vma;
 use crate::model::process::{Process, Task};
 use crate::restore::build_tree::Build;
 use crate::snapshot::precopy::Precopied;
-use crate::snapshot::{From, Piece, Snapshot, Source};
+use crate::snapshot::{From, Piece, Snapshot, Source, Unread};
 use crate::track::Same;
 use ckpt_image::codec::{self, Decode, Encode};
 use ckpt_image::{Record, Writer, ZeroPages};
@@ -293,8 +293,8 @@ fn put(
             writer.pages(object, offset, data, zeros)?;
             (offset, data.len() as u64)
         }
-        Piece::Unread(offset, bytes, fill) => {
-            writer.pages_with(object, offset, bytes, zeros, fill)?;
+        Piece::Unread(Unread { offset, bytes, origin, at }) => {
+            writer.pages_from(object, offset, bytes, zeros, origin, at)?;
             (offset, bytes as u64)
         }
         Piece::Zero(offset, bytes) => {

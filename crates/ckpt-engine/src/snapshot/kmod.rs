@@ -7,7 +7,7 @@
 //! helper exits. Whatever becomes of the dumper, the process never has it.
 
 use super::cow::{Cow, Reasons};
-use super::{Engine, Pages, Piece, Prepared, Range, Sink};
+use super::{Engine, Pages, Piece, Prepared, Range, Sink, Unread};
 use crate::dump::collect;
 use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
@@ -15,11 +15,14 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::process::{Process, ProcessId};
 use crate::track::Same;
+use ckpt_image::Origin;
 use ckpt_sys::Errno;
 use ckpt_sys::device::{self, KIND_COPY, KIND_DATA, KIND_FOREIGN, KIND_SAME, KIND_ZERO, Run, Session};
 use ckpt_sys::memory::PAGE;
 use ckpt_sys::task::Beside;
 use std::collections::BTreeMap;
+use std::error::Error;
+use std::sync::Arc;
 
 /// Its name.
 pub const NAME: &str = "kmod";
@@ -84,11 +87,25 @@ pub struct Tracked {
     pub parent_object: Option<u64>,
 }
 
+/// What the module keeps, by address.
+#[derive(Debug)]
+struct Memory {
+    pid: i32,
+    snapshot: device::Snapshot,
+}
+
+impl Origin for Memory {
+    fn read(&self, at: u64, buf: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let read = self.snapshot.read(at, buf);
+        let what = || format!("reading {} bytes at {at:#x} from the kernel module", buf.len());
+        read.map_err(|e| DumpError::process(self.pid, what())(e).into())
+    }
+}
+
 /// The private memory of a process, kept by the module.
 #[derive(Debug)]
 pub struct Kept {
-    pid: i32,
-    snapshot: device::Snapshot,
+    memory: Arc<Memory>,
     /// Without what is as in this object of the parent.
     parent_object: Option<u64>,
 }
@@ -235,7 +252,7 @@ pub(super) fn keep_all(
                     }
                 }
                 let parent_object = wanted.parent_object.filter(|_| is_incremental);
-                out.insert(pid, Kept { pid, snapshot, parent_object });
+                out.insert(pid, Kept { memory: Arc::new(Memory { pid, snapshot }), parent_object });
             }
             Err(errno) => refuse(pid, refused(errno), changes.as_deref_mut()),
         }
@@ -288,10 +305,10 @@ impl Kept {
         let mut runs = [Run::default(); RUNS];
         let mut at = start;
         while at < end {
-            let (n, next) = self
-                .snapshot
+            let Memory { pid, snapshot } = &*self.memory;
+            let (n, next) = snapshot
                 .runs(at, end, kinds, &mut runs)
-                .map_err(DumpError::errno(self.pid, "reading what the kernel module kept"))?;
+                .map_err(DumpError::errno(*pid, "reading what the kernel module kept"))?;
             for r in &runs[..n] {
                 each(r.va, u64::from(r.npages) * PAGE, r.kind)?;
             }
@@ -349,19 +366,17 @@ impl Kept {
     /// If they can't be read, and those of the sink.
     pub fn read_range(&self, range: &Range, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         let offset = |va: u64| range.offset + (va - range.addr);
+        let origin = &(Arc::clone(&self.memory) as Arc<dyn Origin>);
         self.runs(range.addr, range.addr + range.bytes, KIND_DATA | KIND_ZERO, &mut |va, bytes, kind| {
             if kind == KIND_ZERO {
                 return sink(Piece::Zero(offset(va), bytes));
             }
             let mut done = 0;
             while done < bytes {
-                let n = (bytes - done).min(piece as u64) as usize;
+                let bytes = (bytes - done).min(piece as u64) as usize;
                 let at = va + done;
-                sink(Piece::Unread(offset(at), n, &mut |buf| {
-                    let what = || format!("reading {n} bytes at {at:#x} from the kernel module");
-                    self.snapshot.read(at, buf).map_err(|e| DumpError::process(self.pid, what())(e))
-                }))?;
-                done += n as u64;
+                sink(Piece::Unread(Unread { offset: offset(at), bytes, origin, at }))?;
+                done += bytes as u64;
             }
             Ok(())
         })

@@ -21,9 +21,14 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::memory::Vma;
 use crate::resource::Collected;
-use ckpt_image::ZeroPages;
+use ckpt_image::{Origin, WriteError, ZeroPages};
 use ckpt_sys::Pid;
+use ckpt_sys::memory::PAGE;
+use std::error::Error;
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 /// Pages to be saved as (part of) one object.
 #[derive(Debug)]
@@ -98,17 +103,63 @@ impl Source {
     }
 }
 
-/// Reads a piece to where it is to be.
-pub type Fill<'a> = dyn FnMut(&mut [u8]) -> Result<(), DumpError> + 'a;
-
 /// Whole pages of a source. A piece lies within one range of its source.
 pub enum Piece<'a> {
     /// Offset in the object, data.
     Data(u64, &'a [u8]),
-    /// Offset in the object, length in bytes (1 MiB at most), and what reads them, so that they need not be copied again.
-    Unread(u64, usize, &'a mut Fill<'a>),
+    /// Where they can be read; they need not be now.
+    Unread(Unread<'a>),
     /// Offset in the object, length in bytes: zero pages.
     Zero(u64, u64),
+}
+
+/// A piece that has yet to be read. Where it is stays as it is until the snapshot is finished.
+pub struct Unread<'a> {
+    /// Offset in the object.
+    pub offset: u64,
+    /// Length in bytes: 1 MiB at most.
+    pub bytes: usize,
+    /// What reads it.
+    pub origin: &'a Arc<dyn Origin>,
+    /// From where.
+    pub at: u64,
+}
+
+impl Unread<'_> {
+    /// Reads it now, into as many bytes.
+    ///
+    /// # Errors
+    /// If it can't be read.
+    pub fn read(&self, buf: &mut [u8]) -> Result<(), DumpError> {
+        self.origin.read(self.at, buf).map_err(|e| WriteError::Origin(e).into())
+    }
+}
+
+/// A file's content; what is behind its end is zero.
+#[derive(Debug)]
+struct FileContent {
+    file: File,
+    /// Its length in bytes.
+    bytes: u64,
+    /// For messages.
+    what: &'static str,
+}
+
+impl Origin for FileContent {
+    fn read(&self, at: u64, buf: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let (there, behind) = buf.split_at_mut(self.bytes.saturating_sub(at).min(buf.len() as u64) as usize);
+        let mut done = 0;
+        while done < there.len() {
+            let n = self.file.read_at(&mut there[done..], at + done as u64);
+            match n.map_err(DumpError::process(0, self.what))? {
+                0 => break,
+                n => done += n,
+            }
+        }
+        there[done..].fill(0);
+        behind.fill(0);
+        Ok(())
+    }
 }
 
 /// Gets the pieces of a source, in order.
@@ -228,36 +279,25 @@ pub fn read_file(
     piece: usize,
     sink: &mut Sink<'_>,
 ) -> Result<(), DumpError> {
-    use ckpt_sys::memory::PAGE;
-    use std::os::unix::fs::FileExt;
-    let err =
-        |e: std::io::Error| DumpError::Process { pid: 0, what: "reading a file's content".into(), source: e };
-    let file = std::fs::File::from(fd.try_clone().map_err(err)?);
+    let what = "reading a file's content";
+    let err = |e: std::io::Error| DumpError::process(0, what)(e);
+    let file = File::from(fd.try_clone().map_err(err)?);
     let std::ops::Range { start: mut at, end: bytes } = part;
+    let content = Arc::new(FileContent { file, bytes, what });
+    let (file, origin) = (&content.file, &(Arc::clone(&content) as Arc<dyn Origin>));
     while at < bytes {
         // Holes are not read, which would fill them in shared memory.
-        let Some(data) = ckpt_sys::descriptor::next_data(&file, at).map_err(|e| err(e.into()))? else {
+        let Some(data) = ckpt_sys::descriptor::next_data(file, at).map_err(|e| err(e.into()))? else {
             break;
         };
         at = data / PAGE * PAGE;
         if at >= bytes {
             break;
         }
-        let end = ckpt_sys::descriptor::next_hole(&file, data).map_err(|e| err(e.into()))?.min(bytes);
+        let end = ckpt_sys::descriptor::next_hole(file, data).map_err(|e| err(e.into()))?.min(bytes);
         while at < end {
-            let n = ((end - at).min(piece as u64)) as usize;
-            let padded = n.next_multiple_of(PAGE as usize);
-            sink(Piece::Unread(at, padded, &mut |buf| {
-                let mut got = 0;
-                while got < n {
-                    match file.read_at(&mut buf[got..n], at + got as u64).map_err(err)? {
-                        0 => break,
-                        k => got += k,
-                    }
-                }
-                buf[got..].fill(0);
-                Ok(())
-            }))?;
+            let padded = ((end - at).min(piece as u64) as usize).next_multiple_of(PAGE as usize);
+            sink(Piece::Unread(Unread { offset: at, bytes: padded, origin, at }))?;
             at += padded as u64;
         }
     }

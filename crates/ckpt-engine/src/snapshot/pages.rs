@@ -2,25 +2,45 @@
 //! The pages that exist in a process that stands still: which ones (PAGEMAP_SCAN, or /proc/pid/pagemap before Linux
 //! 6.7), and their content.
 
-use super::{Pages, Piece, Range, Sink};
+use super::{Pages, Piece, Range, Sink, Unread};
 use crate::error::DumpError;
 use crate::model::memory::{self, pagemap};
+use ckpt_image::Origin;
 use ckpt_sys::memory::{Forced, PAGE};
 use ckpt_sys::pagemap::{FILE, PRESENT, Region, SWAPPED, ZERO, scan};
 use ckpt_sys::{Errno, Pid};
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::fs::File;
+use std::sync::Arc;
 
 /// Address space that is looked at in one go where each page must be: 1 MiB of pagemap.
 const LOOK_BYTES: u64 = 512 << 20;
 /// Stretches that a scan gives in one go.
 const REGIONS: usize = 4096;
 
+/// The memory of a process.
+#[derive(Debug)]
+struct Memory {
+    pid: i32,
+    memory: Forced,
+}
+
+impl Origin for Memory {
+    fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
+        // By /proc/pid/mem, which reaches pages that the process itself may not read. process_vm_readv(2) pins what it reads,
+        // for which the kernel makes a private copy of every page that is shared by fork.
+        let read = self.memory.read(addr, buf);
+        let what = || format!("reading {} bytes of memory at {addr:#x}", buf.len());
+        read.map_err(|source| DumpError::Process { pid: self.pid, what: what(), source }.into())
+    }
+}
+
 /// Reads the memory of one process.
 #[derive(Debug)]
 pub struct Reader {
     pid: i32,
-    memory: Forced,
+    memory: Arc<dyn Origin>,
     pagemap: File,
     /// Where there is no PAGEMAP_SCAN: the mappings that have private pages, end by start.
     inhabited: Option<BTreeMap<u64, u64>>,
@@ -44,7 +64,7 @@ impl Reader {
             }
             _ => None,
         };
-        Ok(Reader { pid, memory, pagemap, inhabited })
+        Ok(Reader { pid, memory: Arc::new(Memory { pid, memory }), pagemap, inhabited })
     }
 
     /// Stretches with private pages from `start` on, as (address, bytes), and where the look ended, at `end` at most.
@@ -87,25 +107,16 @@ impl Reader {
             for (addr, bytes) in stretches {
                 let mut done = 0;
                 while done < bytes {
-                    let n = (bytes - done).min(piece as u64) as usize;
+                    let bytes = (bytes - done).min(piece as u64) as usize;
                     let at = addr + done;
-                    sink(Piece::Unread(r.offset + (at - r.addr), n, &mut |buf| self.read(at, buf)))?;
-                    done += n as u64;
+                    let offset = r.offset + (at - r.addr);
+                    sink(Piece::Unread(Unread { offset, bytes, origin: &self.memory, at }))?;
+                    done += bytes as u64;
                 }
             }
             at = seen;
         }
         Ok(())
-    }
-
-    fn read(&self, addr: u64, buf: &mut [u8]) -> Result<(), DumpError> {
-        // By /proc/pid/mem, which reaches pages that the process itself may not read. process_vm_readv(2) pins what it reads,
-        // for which the kernel makes a private copy of every page that is shared by fork.
-        self.memory.read(addr, buf).map_err(|source| DumpError::Process {
-            pid: self.pid,
-            what: format!("reading {} bytes of memory at {addr:#x}", buf.len()),
-            source,
-        })
     }
 }
 
@@ -131,7 +142,7 @@ mod tests {
         let read = |addr| {
             let mut bytes = 0;
             let count = &mut |piece: Piece<'_>| {
-                bytes += if let Piece::Unread(_, n, _) = piece { n } else { 0 };
+                bytes += if let Piece::Unread(unread) = piece { unread.bytes } else { 0 };
                 Ok(())
             };
             reader.read_range(&range(addr), PAGE as usize, count).unwrap();

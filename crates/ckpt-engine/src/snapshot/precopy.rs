@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Shared memory is copied while the job runs, and compared with that copy in the freeze (docs/adr/0022-shared-memory-is-compared.md).
 
-use super::{From, Piece, Sink, Source, read_file, read_source};
+use super::{FileContent, From, Piece, Sink, Source, Unread, read_file, read_source};
 use crate::error::DumpError;
 use crate::model::Job;
 use crate::resource::{Collected, shared_memory};
+use ckpt_image::{Origin, WriteError};
 use ckpt_sys::memory::PAGE;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,7 +23,7 @@ type Identity = (u64, u64);
 /// Copies of shared memory, made while the job ran.
 #[derive(Debug, Clone, Default)]
 pub struct Precopied {
-    copies: BTreeMap<Identity, Arc<File>>,
+    copies: BTreeMap<Identity, Arc<FileContent>>,
     /// Two threads compare.
     share_work: bool,
 }
@@ -30,7 +31,7 @@ pub struct Precopied {
 /// A source as it was in the freeze.
 #[derive(Debug)]
 pub struct Compared {
-    copy: Arc<File>,
+    copy: Arc<FileContent>,
     /// Offset and length in bytes of what there is.
     extents: Vec<(u64, u64)>,
     /// Bytes that had changed since they were copied.
@@ -73,14 +74,14 @@ pub fn precopy(job: &Job) -> Precopied {
         };
         let mut buffer = vec![0; STEP_BYTES];
         let copied = read_source(source, STEP_BYTES, &mut |piece| {
-            let Piece::Unread(offset, bytes, fill) = piece else { return Ok(()) };
-            let buffer = &mut buffer[..bytes];
-            fill(buffer)?;
+            let Piece::Unread(unread) = piece else { return Ok(()) };
+            let buffer = &mut buffer[..unread.bytes];
+            unread.read(buffer)?;
             // What is zero need not be held: that is what a hole reads as.
             if buffer.iter().all(|b| *b == 0) {
                 return Ok(());
             }
-            copy.write_all_at(buffer, offset).map_err(err("copying shared memory"))
+            copy.file.write_all_at(buffer, unread.offset).map_err(err("copying shared memory"))
         });
         // One that ends before it has been read, or is truncated, is of no harm: it is compared.
         if copied.is_ok() {
@@ -90,8 +91,9 @@ pub fn precopy(job: &Job) -> Precopied {
     out
 }
 
-fn memory_file() -> std::io::Result<File> {
-    ckpt_sys::memory::memory_file(c"ckpt-shared")
+fn memory_file() -> std::io::Result<FileContent> {
+    let file = ckpt_sys::memory::memory_file(c"ckpt-shared")?;
+    Ok(FileContent { file, bytes: u64::MAX, what: "reading the copy of shared memory" })
 }
 
 impl Precopied {
@@ -132,10 +134,11 @@ impl Compared {
         let (mut now, mut then) = (vec![0; STEP_BYTES], vec![0; STEP_BYTES]);
         read(&mut |piece| {
             ckpt_sys::hook::point();
-            let Piece::Unread(offset, bytes, fill) = piece else { return Ok(()) };
+            let Piece::Unread(unread) = piece else { return Ok(()) };
+            let (offset, bytes) = (unread.offset, unread.bytes);
             let (now, then) = (&mut now[..bytes], &mut then[..bytes]);
-            fill(now)?;
-            read_or_zero(&self.copy, offset, then).map_err(err("reading the copy of shared memory"))?;
+            unread.read(now)?;
+            self.copy.read(offset, then).map_err(WriteError::Origin)?;
             let mut at = 0;
             while at < bytes {
                 let mut end = at;
@@ -143,7 +146,7 @@ impl Compared {
                     end += PAGE as usize;
                 }
                 if end > at {
-                    let changed = self.copy.write_all_at(&now[at..end], offset + at as u64);
+                    let changed = self.copy.file.write_all_at(&now[at..end], offset + at as u64);
                     changed.map_err(err("copying shared memory"))?;
                     self.changed_bytes += (end - at) as u64;
                 }
@@ -162,15 +165,14 @@ impl Compared {
     /// # Errors
     /// Those of the sink.
     pub fn stream(&self, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+        let origin = &(Arc::clone(&self.copy) as Arc<dyn Origin>);
         for (start, all) in &self.extents {
             let mut done = 0;
             while done < *all {
-                let n = (all - done).min(piece as u64) as usize;
+                let bytes = (all - done).min(piece as u64) as usize;
                 let at = start + done;
-                sink(Piece::Unread(at, n, &mut |buf| {
-                    read_or_zero(&self.copy, at, buf).map_err(err("reading the copy of shared memory"))
-                }))?;
-                done += n as u64;
+                sink(Piece::Unread(Unread { offset: at, bytes, origin, at }))?;
+                done += bytes as u64;
             }
         }
         Ok(())
@@ -185,17 +187,4 @@ fn differs(now: &[u8], then: &[u8], at: usize) -> bool {
         return false;
     }
     now[page.clone()] != then[page]
-}
-
-/// Reads; what is behind the end is zero.
-fn read_or_zero(file: &File, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
-    let mut done = 0;
-    while done < buffer.len() {
-        match file.read_at(&mut buffer[done..], offset + done as u64)? {
-            0 => break,
-            n => done += n,
-        }
-    }
-    buffer[done..].fill(0);
-    Ok(())
 }

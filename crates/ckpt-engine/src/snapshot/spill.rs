@@ -58,10 +58,10 @@ impl Prepared for Spill {
             read_source(s, PIECE_BYTES, &mut |piece| {
                 let (offset, data) = match piece {
                     Piece::Data(offset, data) => (offset, data.to_vec()),
-                    Piece::Unread(offset, bytes, fill) => {
-                        let mut data = vec![0; bytes];
-                        fill(&mut data)?;
-                        (offset, data)
+                    Piece::Unread(unread) => {
+                        let mut data = vec![0; unread.bytes];
+                        unread.read(&mut data)?;
+                        (unread.offset, data)
                     }
                     Piece::Zero(offset, bytes) => (offset, vec![0; bytes as usize]),
                 };

@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
 
-use ckpt_image::{Compression, PAGE_SIZE, Reader, RunKind, WriteError, Writer, ZeroPages};
+use ckpt_image::{Compression, Origin, PAGE_SIZE, Reader, RunKind, WriteError, Writer, ZeroPages};
 
 use crate::scratch::{Random, Scratch, sample_features, seed, text_page};
 
@@ -114,44 +115,78 @@ fn everything_reads_back() {
     }
 }
 
+/// Content, from an address on.
+#[derive(Debug)]
+struct Memory(Vec<u8>, u64);
+
+impl Origin for Memory {
+    fn read(&self, at: u64, buf: &mut [u8]) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let at = at.checked_sub(self.1).ok_or("below it")? as usize;
+        buf.copy_from_slice(self.0.get(at..at + buf.len()).ok_or("behind it")?);
+        Ok(())
+    }
+}
+
 #[test]
-fn content_is_put_in_place_by_the_caller() {
-    let mut random = Random(seed("content_is_put_in_place_by_the_caller"));
+fn content_is_read_by_whoever_writes_it() {
+    let mut random = Random(seed("content_is_read_by_whoever_writes_it"));
     for compression in ALL {
-        let scratch = Scratch::new("in-place");
-        let (given, put) = (scratch.dir("1"), scratch.dir("2"));
+        let scratch = Scratch::new("read");
+        let (given, read) = (scratch.dir("1"), scratch.dir("2"));
         let mut writer = Writer::create(&given, sample_features(), compression).unwrap();
-        let mut other = Writer::create(&put, sample_features(), compression).unwrap();
+        let mut other = Writer::create(&read, sample_features(), compression).unwrap();
         for n in 0..6 {
+            let base = (n + 1) << 40;
             let data = random_content(&mut random);
-            for (i, piece) in data.chunks(1 << 20).enumerate() {
-                let offset = ((n * 64 + i) << 20) as u64;
+            let memory: Arc<dyn Origin> = Arc::new(Memory(data.clone(), base));
+            let mut at = 0;
+            // Large and small, and some of them given instead, so that batches hold both.
+            while at < data.len() {
+                let pages = if random.below(2) == 0 { 256 } else { 1 + random.below(9) };
+                let piece = &data[at..data.len().min(at + pages * PAGE_SIZE)];
+                let offset = ((n * 64) << 20) + at as u64;
                 writer.pages(7, offset, piece, ZeroPages::Record).unwrap();
-                let fill = |buffer: &mut [u8]| {
-                    buffer.copy_from_slice(piece);
-                    Ok::<_, WriteError>(())
-                };
-                other.pages_with(7, offset, piece.len(), ZeroPages::Record, fill).unwrap();
+                if random.below(4) == 0 {
+                    other.pages(7, offset, piece, ZeroPages::Record).unwrap();
+                } else {
+                    let from = base + at as u64;
+                    other.pages_from(7, offset, piece.len(), ZeroPages::Record, &memory, from).unwrap();
+                }
+                at += piece.len();
             }
         }
         let (summary, other) = (writer.finish().unwrap(), other.finish().unwrap());
         assert_eq!(summary, other);
         assert!(
             fs::read(given.join("pages")).unwrap()[PAGE_SIZE..]
-                == fs::read(put.join("pages")).unwrap()[PAGE_SIZE..]
+                == fs::read(read.join("pages")).unwrap()[PAGE_SIZE..]
         );
     }
 }
 
 #[test]
 fn content_that_cannot_be_had_ends_the_image() {
-    let scratch = Scratch::new("not-filled");
-    let mut writer = Writer::create(scratch.path(), sample_features(), Compression::None).unwrap();
-    let too_long = writer.pages_with(1, 0, (1 << 20) + PAGE_SIZE, ZeroPages::Elide, |_| Ok(()));
-    assert!(matches!(too_long, Err(WriteError::BadRange { .. })));
-    let lost = writer.pages_with(1, 0, PAGE_SIZE, ZeroPages::Elide, |_| Err(WriteError::Incomplete));
-    assert!(matches!(lost, Err(WriteError::Incomplete)));
-    assert!(matches!(writer.finish(), Err(WriteError::Incomplete)));
+    let memory: Arc<dyn Origin> = Arc::new(Memory(vec![1; 4 << 20], 0));
+    // Handed over to another thread, or still the caller's.
+    for pages in [1, 3 << 8] {
+        let scratch = Scratch::new("not-filled");
+        let mut writer = Writer::create(scratch.path(), sample_features(), Compression::None).unwrap();
+        let too_long = writer.pages_from(1, 0, (1 << 20) + PAGE_SIZE, ZeroPages::Elide, &memory, 0);
+        assert!(matches!(too_long, Err(WriteError::BadRange { .. })));
+        let mut from =
+            |n: u64, at| writer.pages_from(1, n * PAGE_SIZE as u64, PAGE_SIZE, ZeroPages::Elide, &memory, at);
+        from(0, 8 << 20).unwrap();
+        (1..pages).for_each(|n| drop(from(n, 0)));
+        let lost = writer.settle();
+        match pages {
+            1 => assert!(
+                matches!(&lost, Err(WriteError::Origin(e)) if e.to_string() == "behind it"),
+                "{lost:?}"
+            ),
+            _ => assert!(lost.is_err()),
+        }
+        assert!(matches!(writer.finish(), Err(WriteError::Incomplete)));
+    }
 }
 
 #[test]
