@@ -71,9 +71,9 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let engine = engine(args)?;
     let info = job_info::of(&job, args.tcp)?;
     let with_files = job.status.record.with_files;
-    // What may be unsupported is named before a directory is made for it.
-    if !ckpt_engine::dump::hooks::are_registered(info.init) {
-        // Else it may close it in its on_dump.
+    // What is unsupported is named before what is known of its writes is taken, which a refused dump would lose. With hooks, it may
+    // yet be closed by an on_dump.
+    if args.incremental && !ckpt_engine::dump::hooks::are_registered(info.init) {
         ckpt_engine::dump::check(&info, true)?;
     }
     let root = if args.store.store.is_some() {

@@ -465,6 +465,8 @@ pub(crate) struct Pipeline {
     threads: Vec<JoinHandle<()>>,
     /// Not used by a thread yet.
     packers: Vec<Packer>,
+    /// Batches that may be on their way.
+    pub(crate) ahead: u64,
     pub(crate) pool: BufferPool,
 }
 
@@ -489,7 +491,7 @@ impl Pipeline {
             sink: Mutex::new(sink),
         };
         let pool = BufferPool::new(workers + 2 + CALLER_BUFFERS);
-        Ok(Pipeline { shared: Arc::new(shared), threads: Vec::new(), packers, pool })
+        Ok(Pipeline { shared: Arc::new(shared), threads: Vec::new(), packers, ahead: MAX_AHEAD, pool })
     }
 
     /// The files; their content is that of all batches only after [`Pipeline::wait`].
@@ -518,7 +520,7 @@ impl Pipeline {
         }
         let mut queue = lock(&self.shared.queue);
         // Those whose content is not in a buffer of the pool are not bounded by it.
-        while queue.submitted - queue.next >= MAX_AHEAD {
+        while queue.submitted - queue.next >= self.ahead {
             queue = self.shared.progress.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         let number = queue.submitted;

@@ -409,6 +409,11 @@ impl Writer {
         Ok(())
     }
 
+    /// From now on no more than 1 MiB is on its way while more is given, so that [`Writer::bytes_written`] is nearly all.
+    pub fn keep_up(&mut self) {
+        self.pipeline.ahead = 1;
+    }
+
     /// Bytes of both files so far, without what is still on its way there.
     pub fn bytes_written(&self) -> u64 {
         let sink = self.pipeline.sink();

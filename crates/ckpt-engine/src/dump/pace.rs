@@ -17,6 +17,11 @@ impl Pace {
         Pace { bytes_per_second, started: Instant::now() }
     }
 
+    /// Whether there is a limit.
+    pub fn is_limited(&self) -> bool {
+        self.bytes_per_second.is_some()
+    }
+
     /// Waits until `bytes` in all may have been written.
     pub fn wait(&self, bytes: u64) {
         if let Some(limit) = self.bytes_per_second {

@@ -46,6 +46,10 @@ pub fn write(
         ckpt_sys::hook::point();
         writer.record(r.kind as u16, r.version, r.owner, r.id, &r.body)?;
     }
+    if pace.is_limited() {
+        // Not seconds ahead of what is allowed.
+        writer.keep_up();
+    }
     let mut done = 0;
     let mut stored = Stored::default();
     stored.mappings = std::mem::take(&mut collected.mappings);
