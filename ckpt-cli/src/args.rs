@@ -708,7 +708,8 @@ pub struct SquashArgs {
 
 /// Could this job be dumped now?
 ///
-/// Names everything that stands in the way, by process and descriptor. The job is not stopped.
+/// Names everything that stands in the way, by process and descriptor, and what a dump would wait for. The job is not stopped; its hooks
+/// are not called: what they will close, or object to, is not known.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
 pub struct CheckArgs {

@@ -15,7 +15,10 @@
 #include "../../include/ckpt-hooks.h"
 
 #include <pthread.h>
+#include <sys/socket.h>
 
+/* What can't be dumped: on_dump closes it. */
+static int refused = -1;
 /* on_dump less on_resume and on_restore, of each registration. */
 static int outstanding[2];
 static const char *const names[] = { "a", "b" };
@@ -55,6 +58,8 @@ static int on_dump(void *user)
 	EXPECT_EQ("dumps that have had no end", 0, outstanding[which]++);
 	EXPECT_EQ("a dump asked for from a callback", CKPT_NOT_HERE, ckpt_dump_now(1000, NULL));
 	event("dump %s %d", names[which], getpid());
+	if (refused >= 0)
+		close(refused);
 	while (guest_exists("hold"))
 		guest_nap();
 	return guest_exists("veto");
@@ -213,6 +218,11 @@ int main(int argc, char **argv)
 		for (size_t at = 0; at <= bytes; at++)
 			EXPECT_EQ("memory", 0x5a, memory[at]);
 		guest_ok();
+	} else if (!strcmp(mode, "closes")) {
+		refused = MUST(socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0));
+		EXPECT(enlist(0) > 0);
+		guest_ready();
+		finish();
 	} else if (!strcmp(mode, "later")) {
 		guest_ready();
 		while (!guest_exists("enlist"))

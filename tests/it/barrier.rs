@@ -274,6 +274,10 @@ fn what_need_not_wait_does_not() {
 fn strict_refuses_and_names_who_is_late() {
     for guest in [guest("posix_spawn"), guest("posix_spawn").without_interceptor()] {
         flow(&format!("barrier-strict-{}", guest.interceptor), &guest, |sandbox, job, nonce| {
+            let check = job.succeed(&["check", &job.name, "--json"], &[])?;
+            let waited = json(&check)?["waits_for"][0].clone();
+            let named = waited["pid"] == 2 && waited["tid"] == 3 && waited["program"] == "first";
+            ensure(named, "check does not say who is waited for", &check)?;
             for timeout in ["0", "300ms"] {
                 let words = ["dump", &job.name, "--strict", "--barrier-timeout", timeout];
                 let refused = job.ckpt(&words, &[])?;
@@ -404,6 +408,10 @@ fn descriptors_on_their_way_are_waited_for() {
     ] {
         let label = format!("barrier-rights-{}-{}", guest.interceptor, guest.is_static);
         flow(&label, &guest, |sandbox, job, nonce| {
+            let check = job.succeed(&["check", &job.name], &[])?;
+            let said =
+                check.stdout.contains("): the receiving of descriptors (SCM_RIGHTS) at unix socket fd ");
+            ensure(said, "it does not say what is waited for", &check)?;
             let refused = job.ckpt(&["dump", &job.name, "--barrier-timeout", "200ms"], &[])?;
             let said = refused.stderr.contains("descriptors on their way");
             ensure(refused.code == 114 && said, "not refused", &refused)?;

@@ -245,6 +245,22 @@ fn a_dump_that_fails_has_an_end_too() {
 }
 
 #[test]
+fn a_check_says_that_hooks_decide() {
+    callbacks("check", |sandbox, job| {
+        let check = job.succeed(&["check", &job.name], &[])?;
+        expect(check.stdout.contains("unless an on_dump objects: pid 2, with hooks"), check.report())?;
+        expect(events(sandbox).is_empty(), format!("{:?}", events(sandbox)))
+    });
+    mode("check-closes", &["closes"], |sandbox, job| {
+        let check = job.ckpt(&["check", &job.name], &[])?;
+        let said = check.stderr.contains("after the on_dump of pid 2, with hooks, which may close");
+        expect(check.code == REFUSED && said, check.report())?;
+        job.dump(&[])?;
+        expect_events(sandbox, &["dump a", "resume a"]).map(drop)
+    });
+}
+
+#[test]
 fn a_dumper_that_is_killed_is_not_waited_for_for_ever() {
     callbacks("killed", |sandbox, job| {
         let moment = sandbox.root.join("out").join("before-freeze");
@@ -378,6 +394,8 @@ fn nothing_is_dumped_in_a_critical_section() {
             let said = refused.stderr.contains(named) && refused.stderr.contains("pid ");
             expect(refused.code == REFUSED && said, refused.report())?;
         }
+        let check = job.succeed(&["check", &job.name], &[])?;
+        expect(check.stdout.contains("a critical section (begun last: \"the outer one\")"), check.report())?;
         expect(events(sandbox).is_empty(), format!("{:?}", events(sandbox)))?;
         let dumper = job.start(&["dump", &job.name, "--barrier-timeout", "60s"], &[])?;
         tell(sandbox, "leave")?;

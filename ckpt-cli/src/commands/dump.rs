@@ -72,9 +72,9 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let info = job_info::of(&job, args.tcp)?;
     let with_files = job.status.record.with_files;
     // What may be unsupported is named before a directory is made for it.
-    if !ckpt_engine::dump::hooks::are_registered(info.init) {
+    if ckpt_engine::dump::hooks::registered(info.init).is_empty() {
         // Else it may close it in its on_dump.
-        ckpt_engine::dump::check(&info, true)?;
+        ckpt_engine::dump::check(&info)?;
     }
     let root = if args.store.store.is_some() {
         store_directory(&args.store)?

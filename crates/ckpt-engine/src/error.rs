@@ -61,6 +61,12 @@ impl Refusals {
         self.0.iter().all(|r| r.passing)
     }
 
+    /// Those that will not be over by themselves.
+    pub fn lasting(mut self) -> Refusals {
+        self.0.retain(|r| !r.passing);
+        self
+    }
+
     /// An error if there are any.
     ///
     /// # Errors

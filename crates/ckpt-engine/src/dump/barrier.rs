@@ -58,14 +58,18 @@ pub struct Late {
     pub for_ns: u64,
 }
 
+impl Late {
+    /// Who, and what it is.
+    pub fn subject(&self) -> String {
+        let thread = if self.tid == self.pid { String::new() } else { format!(" thread {}", self.tid) };
+        format!("pid {}{thread} ({}): {}", self.pid, self.program, self.what)
+    }
+}
+
 impl fmt::Display for Late {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pid {}", self.pid)?;
-        if self.tid != self.pid {
-            write!(f, " thread {}", self.tid)?;
-        }
         let seconds = self.for_ns as f64 / 1e9;
-        write!(f, " ({}): {} has been under way for {seconds:.1} s", self.program, self.what)
+        write!(f, "{} has been under way for {seconds:.1} s", self.subject())
     }
 }
 
@@ -193,6 +197,14 @@ fn process_of(task: Pid) -> Pid {
     let text = String::from_utf8_lossy(&text);
     let id = text.lines().find_map(|l| l.strip_prefix("Tgid:")?.trim().parse().ok());
     id.map_or(task, Pid::from_raw)
+}
+
+/// What a dump would wait for now. Nobody has watched it.
+pub fn under_way(job: &Job) -> Vec<Late> {
+    let mut barrier = Barrier::new(job, BarrierPolicy { timeout: Duration::ZERO, strict: false });
+    let members = barrier.members();
+    let pending = barrier.pending(&members);
+    pending.iter().map(|p| barrier.late(p)).filter(|l| l.pid != 0).collect()
 }
 
 /// The barrier of one dump.

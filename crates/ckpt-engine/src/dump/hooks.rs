@@ -320,9 +320,9 @@ impl Drop for Cooperation {
     }
 }
 
-/// Whether a process of the job has registered hooks.
-pub fn are_registered(init: i32) -> bool {
-    members(init).iter().any(|m| m.thread.is_some())
+/// The processes of the job that have registered hooks, as they see themselves.
+pub fn registered(init: i32) -> Vec<i32> {
+    members(init).iter().filter(|m| m.thread.is_some()).map(|m| m.pid).collect()
 }
 
 /// The processes of a job that wait for a dump that they have asked for.

@@ -72,8 +72,11 @@ pub fn pending(member: &Member<'_>) -> Vec<Pending> {
         let info = read_proc(format!("/proc/{host}/fdinfo/{number}")).ok()?;
         is_busy(&String::from_utf8_lossy(&info)).then_some(number)
     });
-    busy.map(|number| Pending { task: host, what: format!("asynchronous I/O of io_uring fd {number}") })
-        .collect()
+    busy.map(|number| Pending {
+        task: host,
+        what: format!("asynchronous I/O of io_uring fd {number}, which has to be closed then,"),
+    })
+    .collect()
 }
 
 #[cfg(test)]
