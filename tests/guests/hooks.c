@@ -311,9 +311,9 @@ int main(int argc, char **argv)
 		guest_ready();
 		while (!guest_exists("ask"))
 			guest_nap();
-		int result = ckpt_dump_now(atoi(argv[3]), &checkpoint);
+		int result = ckpt_dump_now(0, &checkpoint);
 		event("first %d checkpoint=%llu", result, (unsigned long long)checkpoint);
-		if (result == CKPT_TIMED_OUT) {
+		if (result == CKPT_FAILED) {
 			result = ckpt_dump_now(0, &checkpoint);
 			event("second %d checkpoint=%llu", result, (unsigned long long)checkpoint);
 		}

@@ -2,8 +2,10 @@
 //! Hooks of the application (`include/ckpt-hooks.h`): callbacks around dumps, critical sections, dumps that it asks for, and what
 //! restored copies are told. All but those that say so need the interceptor.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{fs, mem::offset_of, path::Path, process::Command, time::Duration};
 
+use ckpt_abi::hooks::{ANSWER_FAILED, HOOKS_OFFSET, Hooks, answer};
+use ckpt_engine::dump::control_word::ControlWord;
 use ckpt_tests::{
     Failure, Outcome, announce,
     fingerprint::Fingerprint,
@@ -15,6 +17,7 @@ use ckpt_tests::{
     user::Users,
 };
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 /// `ckpt dump`: something is not supported, or not now.
 const REFUSED: i32 = 114;
@@ -270,7 +273,7 @@ fn a_dumper_that_is_killed_is_not_waited_for_for_ever() {
         let dumper = job.start(&words, &[("CKPT_TEST_BEFORE_FREEZE", &path)])?;
         poll_until(COMMAND_DEADLINE, || moment.exists().then_some(()))
             .ok_or_else(|| Failure::new("the dump did not come to its freeze"))?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(dumper.pid()), nix::sys::signal::Signal::SIGKILL)
+        nix::sys::signal::kill(Pid::from_raw(dumper.pid()), Signal::SIGKILL)
             .map_err(|error| Failure(format!("kill: {error}")))?;
         let ended = dumper.finish(COMMAND_DEADLINE)?;
         expect(ended.code != 0, ended.report())?;
@@ -316,7 +319,7 @@ fn the_next_dump_ends_that_of_a_dumper_that_was_killed() {
         let dumper = job.start(&words, &[("CKPT_TEST_BEFORE_FREEZE", &path)])?;
         poll_until(COMMAND_DEADLINE, || moment.exists().then_some(()))
             .ok_or_else(|| Failure::new("the dump did not come to its freeze"))?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(dumper.pid()), nix::sys::signal::Signal::SIGKILL)
+        nix::sys::signal::kill(Pid::from_raw(dumper.pid()), Signal::SIGKILL)
             .map_err(|error| Failure(format!("kill: {error}")))?;
         dumper.finish(COMMAND_DEADLINE)?;
         job.dump(&[])?;
@@ -544,13 +547,23 @@ fn wait_for_call(job: &Job<'_>) -> Outcome<()> {
         .ok_or_else(|| Failure::new("the guest does not ask for a dump"))
 }
 
+/// Ends the guest's call as a dump does that has failed.
+fn end_call(job: &Job<'_>) -> Outcome<()> {
+    let guest = job.processes().get(1).copied().ok_or_else(|| Failure::new("no guest"))?;
+    let word = ControlWord::find(Pid::from_raw(guest.pid)).ok_or_else(|| Failure::new("no control word"))?;
+    let at = |field: usize| HOOKS_OFFSET + field;
+    word.read_u32(at(offset_of!(Hooks, asking)))
+        .and_then(|ticket| {
+            let failed = answer(ticket, ANSWER_FAILED);
+            word.write(at(offset_of!(Hooks, answer)), &failed.to_le_bytes())
+        })
+        .map_err(|error| Failure(format!("the control word: {error}")))
+}
+
 #[test]
 fn an_answer_is_for_the_call_that_was_dumped() {
     each_user("hooks-now-twice", Users::OnlyRoot, |sandbox| {
-        let mut guest = Guest::new("hooks");
-        // How long the first call waits: it has to be frozen by then.
-        guest.args = ["twice", "5000"].map(String::from).to_vec();
-        let words = guest.command(sandbox)?;
+        let words = Guest::new("hooks").arg("twice").command(sandbox)?;
         let job = Job::run_with(sandbox, "guest", &["--dump-on", "request"], &words)?;
         let nonce = ready(sandbox)?;
         let supervisor = stopped_supervisor(&job)?;
@@ -572,21 +585,22 @@ fn an_answer_is_for_the_call_that_was_dumped() {
         wait_for_call(&job)?;
         let_go(&before)?;
         comes_to(&after)?;
-        // The call that the checkpoint has gives up before it is published, and another one waits then.
-        expect_events(sandbox, &["first -3"])?;
+        // The call that the checkpoint has ends before it is published, and another one waits then.
+        end_call(&job)?;
+        expect_events(sandbox, &["first -2"])?;
         wait_for_call(&job)?;
         let_go(&after)?;
         let dumped = dumper.finish(COMMAND_DEADLINE)?;
         expect(dumped.code == 0, dumped.report())?;
         job.dump(&[])?;
-        let mut expected = ["first -3 checkpoint=0", "second 1 checkpoint=2"].map(str::to_owned).to_vec();
-        expect_events(sandbox, &["first -3", "second 1"])?;
+        let mut expected = ["first -2 checkpoint=0", "second 1 checkpoint=2"].map(str::to_owned).to_vec();
+        expect_events(sandbox, &["first -2", "second 1"])?;
         expect(events(sandbox) == expected, format!("{:?}", events(sandbox)))?;
         supervisor.signal(Signal::SIGCONT);
         job.kill()?;
         job.restore(Some(1), &[])?;
         expected.push("first 2 checkpoint=1".to_owned());
-        expect_events(sandbox, &["first -3", "second 1", "first 2"])?;
+        expect_events(sandbox, &["first -2", "second 1", "first 2"])?;
         expect(events(sandbox) == expected, format!("{:?}", events(sandbox)))?;
         finish(sandbox, &nonce)
     });
