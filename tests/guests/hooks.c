@@ -5,7 +5,7 @@
  *
  *   veto    on_dump objects while it is there
  *   hold    on_dump waits while it is there
- *   leave   the section is left; die: the process in the section dies
+ *   leave   the section is left; die: the process, or the threads, in the section die
  *   enlist  hooks are registered
  *   ask     a dump is asked for
  *   wiped   memory that is to be shared with no copy has to be zero
@@ -130,6 +130,41 @@ static void *steps(void *unused)
 		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
 	}
 	return NULL;
+}
+
+/* Threads that end within their section, in one of these ways, when their turn has come. */
+enum { BY_RETURN, BY_CANCEL, BY_SYSCALL, WAYS };
+static volatile int in_section, turn;
+
+static void *ends(void *way)
+{
+	EXPECT_EQ("begin", CKPT_OK, ckpt_critical_begin("of a thread"));
+	EXPECT_EQ("begin within", CKPT_OK, ckpt_critical_begin(NULL));
+	__atomic_add_fetch(&in_section, 1, __ATOMIC_SEQ_CST);
+	while (!__atomic_load_n(&turn, __ATOMIC_SEQ_CST) || (intptr_t)way == BY_CANCEL)
+		guest_nap();
+	if ((intptr_t)way == BY_SYSCALL)
+		syscall(SYS_exit, 0);
+	return NULL;
+}
+
+static void begin_sections(pthread_t *threads, int count)
+{
+	in_section = turn = 0;
+	for (int n = 0; n < count; n++)
+		MUST0(pthread_create(&threads[n], NULL, ends, (void *)(intptr_t)(n % WAYS)));
+	while (__atomic_load_n(&in_section, __ATOMIC_SEQ_CST) < count)
+		guest_nap();
+}
+
+static void end_threads(pthread_t *threads, int count)
+{
+	turn = 1;
+	for (int n = 0; n < count; n++) {
+		if (n % WAYS == BY_CANCEL)
+			MUST0(pthread_cancel(threads[n]));
+		MUST0(pthread_join(threads[n], NULL));
+	}
 }
 
 static void wait_in_section(void)
@@ -289,6 +324,23 @@ int main(int argc, char **argv)
 		EXPECT_EQ("the child's status", SIGKILL, guest_reap(child));
 		event("died");
 		finish();
+	} else if (!strcmp(mode, "ends")) {
+		pthread_t threads[60];
+
+		/* More in all than are remembered at a time. */
+		begin_sections(threads, 60);
+		end_threads(threads, 60);
+		begin_sections(threads, 15);
+		guest_ready();
+		while (!guest_exists("die"))
+			guest_nap();
+		end_threads(threads, 15);
+		event("died");
+		guest_wait_go();
+		EXPECT_EQ("end of a section of others", CKPT_NOT_HERE, ckpt_critical_end());
+		EXPECT_EQ("begin", CKPT_OK, ckpt_critical_begin("its own"));
+		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
+		guest_ok();
 	} else if (!strcmp(mode, "steps")) {
 		pthread_t threads[2];
 

@@ -4,7 +4,8 @@
 
 use std::{fs, mem::offset_of, path::Path, process::Command, time::Duration};
 
-use ckpt_abi::hooks::{ANSWER_FAILED, HOOKS_OFFSET, Hooks, answer};
+use ckpt_abi::hooks::{ANSWER_FAILED, HOOKS_OFFSET, Hooks, MOST_SECTIONS, answer};
+use ckpt_abi::interceptor::Control;
 use ckpt_engine::dump::control_word::ControlWord;
 use ckpt_tests::{
     Failure, Outcome, announce,
@@ -419,6 +420,26 @@ fn a_section_ends_with_its_process() {
         tell(sandbox, "die")?;
         expect_events(sandbox, &["died"])?;
         job.dump(&["--strict"])?;
+        job.kill()?;
+        job.restore(None, &[]).map(drop)
+    });
+}
+
+#[test]
+fn a_section_ends_with_its_thread() {
+    mode("ends", &["ends"], |sandbox, job| {
+        let refused = job.ckpt(&["dump", &job.name, "--barrier-timeout", "300ms"], &[])?;
+        let said = refused.stderr.contains("in a critical section");
+        expect(refused.code == REFUSED && said, refused.report())?;
+        tell(sandbox, "die")?;
+        expect_events(sandbox, &["died"])?;
+        job.dump(&["--strict"])?;
+        let guest = job.processes().get(1).copied().ok_or_else(|| Failure::new("no guest"))?;
+        let word = ControlWord::find(Pid::from_raw(guest.pid));
+        let mut left = [1; 4 * MOST_SECTIONS];
+        let read = word.map(|word| word.read(offset_of!(Control, sections), &mut left));
+        expect(read.is_some_and(|read| read.is_ok()), "the control word can't be read")?;
+        expect(left.iter().all(|byte| *byte == 0), format!("not forgotten: {left:?}"))?;
         job.kill()?;
         job.restore(None, &[]).map(drop)
     });

@@ -150,7 +150,7 @@ fn lends_memory(member: &Member<'_>) -> Vec<Pending> {
 /// A critical section of the application. Unlike the others it is not taken as it is when the time is up: see
 /// [`Barrier::refuse_sections`].
 fn critical_section(member: &Member<'_>) -> Vec<Pending> {
-    let name = member.word.and_then(|word| hooks::critical_section(word, || inner(member.host)));
+    let name = member.word.and_then(|word| hooks::critical_section(word, member.host, || inner(member.host)));
     name.into_iter()
         .map(|name| Pending {
             task: member.host,
@@ -301,13 +301,19 @@ impl Barrier {
     }
 
     /// Looks whether a process of a job that stands still is in a critical section, as one may be that passed the gate just before
-    /// that was closed.
+    /// that was closed, and forgets those that ended with their threads.
     ///
     /// # Errors
     /// [`DumpError::Refused`] with them, as passing.
     pub fn refuse_sections(&mut self, job: &Job) -> Result<(), DumpError> {
         let passing = |r: &mut Refusals, pid, what, advice| r.passing(pid, None, what, advice);
-        self.refuse(job.live().map(|p| (p.host, p.pid)).collect(), passing)
+        self.refuse(job.live().map(|p| (p.host, p.pid)).collect(), passing)?;
+        for p in job.live() {
+            if let Some(word) = self.words.get(p.host) {
+                hooks::forget_sections(word);
+            }
+        }
+        Ok(())
     }
 
     fn refuse(
@@ -317,7 +323,7 @@ impl Barrier {
     ) -> Result<(), DumpError> {
         let mut refusals = Refusals::default();
         for (host, pid) in processes {
-            let name = self.words.get(host).and_then(|word| hooks::critical_section(word, || pid));
+            let name = self.words.get(host).and_then(|word| hooks::critical_section(word, host, || pid));
             if let Some(name) = name {
                 let (what, advice) = hooks::refusal_of_section(&name);
                 add(&mut refusals, pid, what, advice);
