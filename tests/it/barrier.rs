@@ -326,6 +326,24 @@ fn who_is_late_is_named_and_frozen_all_the_same() {
     }
 }
 
+/// A vfork that has no end keeps its parent where nothing can stop it: both are named.
+#[test]
+fn a_vfork_without_end_is_named() {
+    let guest = Guest::new("vfork_wait").arg("held").in_motion();
+    flow("barrier-vfork-held", &guest, |sandbox, job, nonce| {
+        let failed = job.ckpt(&["dump", &job.name, "--barrier-timeout", "0"], &[])?;
+        let who = "pid 3: did not stop within 5 s: it waits for its vfork's child, pid 4, which neither";
+        ensure(
+            failed.code == 1 && failed.stderr.contains(who),
+            &format!("it does not say {who:?}"),
+            &failed,
+        )?;
+        touch(sandbox, "leave")?;
+        job.dump(&["--barrier-timeout", LONG])?;
+        restored(job, sandbox, nonce)
+    });
+}
+
 /// A dumper that is killed while it waits leaves the gate closed, but not for long.
 #[test]
 fn the_gate_opens_by_itself_when_the_dumper_is_killed() {

@@ -192,7 +192,7 @@ pub(crate) fn inner(task: Pid) -> i32 {
 }
 
 /// The id of a task's process, as ckpt sees it.
-fn process_of(task: Pid) -> Pid {
+pub(super) fn process_of(task: Pid) -> Pid {
     let text = read_proc(format!("/proc/{task}/status")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let id = text.lines().find_map(|l| l.strip_prefix("Tgid:")?.trim().parse().ok());
