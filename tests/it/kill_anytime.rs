@@ -93,6 +93,12 @@ fn dump_of_undumpable_killed_at_any_step() {
     dump_killed("kill-undumpable", &guest, Users::OnlyPlain, 60);
 }
 
+#[test]
+fn dump_of_a_job_with_hooks_killed_at_any_step() {
+    // The guest looks whether each on_dump is followed by one on_resume or on_restore.
+    dump_killed("kill-hooks", &Guest::new("hooks").arg("callbacks"), Users::Both, 40);
+}
+
 fn dump_killed(label: &str, guest: &Guest, users: Users, most: u64) {
     each_user(label, users, |sandbox| {
         with_ready_job(guest, sandbox, |job, nonce| {
