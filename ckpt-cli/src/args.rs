@@ -277,7 +277,7 @@ impl SupervisionArgs {
 /// The job goes on afterwards, unless --stop is given; it stands still only while its state is collected, not while that is written.
 /// Everything that cannot be saved is named before anything is stopped, and the job is left alone.
 ///
-/// Prints the checkpoint's name, its size and how long the job stood still.
+/// Prints the checkpoint's name, its size and how long the job stood still. Ended by a signal (Ctrl-C) it leaves no checkpoint, and the job as it was.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
 pub struct DumpArgs {

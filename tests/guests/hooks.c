@@ -258,6 +258,14 @@ int main(int argc, char **argv)
 		EXPECT(enlist(0) > 0);
 		guest_ready();
 		finish();
+	} else if (!strcmp(mode, "guarded")) {
+		EXPECT(enlist(0) > 0);
+		wait_in_section();
+		guest_ready();
+		while (!guest_exists("leave"))
+			guest_nap();
+		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
+		finish();
 	} else if (!strcmp(mode, "later")) {
 		guest_ready();
 		while (!guest_exists("enlist"))

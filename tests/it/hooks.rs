@@ -12,7 +12,7 @@ use ckpt_tests::{
     fingerprint::Fingerprint,
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
     job::{COMMAND_DEADLINE, Job},
-    process::{HostProcess, poll_until},
+    process::{HostProcess, Running, poll_until},
     proof::{control, each_user, left_nothing_behind, prove, prove_static, with_ready_job},
     sandbox::Sandbox,
     user::Users,
@@ -274,8 +274,7 @@ fn a_dumper_that_is_killed_is_not_waited_for_for_ever() {
         let dumper = job.start(&words, &[("CKPT_TEST_BEFORE_FREEZE", &path)])?;
         poll_until(COMMAND_DEADLINE, || moment.exists().then_some(()))
             .ok_or_else(|| Failure::new("the dump did not come to its freeze"))?;
-        nix::sys::signal::kill(Pid::from_raw(dumper.pid()), Signal::SIGKILL)
-            .map_err(|error| Failure(format!("kill: {error}")))?;
+        send(&dumper, Signal::SIGKILL)?;
         let ended = dumper.finish(COMMAND_DEADLINE)?;
         expect(ended.code != 0, ended.report())?;
         expect_events(sandbox, &DUMPED)?;
@@ -309,6 +308,89 @@ fn a_dump_that_its_processes_have_given_up_is_no_strict_one() {
     });
 }
 
+fn send(dumper: &Running, signal: Signal) -> Outcome<()> {
+    nix::sys::signal::kill(Pid::from_raw(dumper.pid()), signal)
+        .map_err(|error| Failure(format!("{signal}: {error}")))
+}
+
+/// No directory of an unfinished checkpoint is there.
+fn nothing_unfinished(sandbox: &Sandbox, job: &Job<'_>) -> Outcome<()> {
+    let entries = fs::read_dir(sandbox.store.join(&job.name)).into_iter().flatten().flatten();
+    let names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    expect(!names.iter().any(|name| name.ends_with(".partial")), format!("left: {names:?}"))
+}
+
+/// The dumper ends by its own will, with the signal's status, and leaves nothing.
+fn interrupted(sandbox: &Sandbox, job: &Job<'_>, dumper: Running, signal: Signal) -> Outcome<()> {
+    send(&dumper, signal)?;
+    let ended = dumper.finish(COMMAND_DEADLINE)?;
+    let said = ended.stderr.contains(&format!("interrupted by {signal}; the job runs on"));
+    expect(ended.code == 128 + signal as i32 && said, ended.report())?;
+    nothing_unfinished(sandbox, job)
+}
+
+#[test]
+fn a_dump_that_is_interrupted_has_an_end_at_once() {
+    mode("interrupted", &["guarded"], |sandbox, job| {
+        let mut expected = Vec::new();
+        // The process would wait for 20 s and twice this time by itself.
+        let words = ["dump", &job.name, "--barrier-timeout", "200s"];
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            let dumper = job.start(&words, &[])?;
+            expected.push("dump a");
+            expect_events(sandbox, &expected)?;
+            interrupted(sandbox, job, dumper, signal)?;
+            expected.push("resume a");
+            expect_events(sandbox, &expected)?;
+        }
+        tell(sandbox, "hold")?;
+        let dumper = job.start(&words, &[])?;
+        expected.push("dump a");
+        expect_events(sandbox, &expected)?;
+        interrupted(sandbox, job, dumper, Signal::SIGINT)?;
+        untell(sandbox, "hold")?;
+        expected.push("resume a");
+        expect_events(sandbox, &expected)?;
+        tell(sandbox, "leave")?;
+        job.dump(&[])?;
+        expected.extend(["dump a", "resume a"]);
+        expect_events(sandbox, &expected).map(drop)
+    });
+}
+
+#[test]
+fn a_dump_that_is_interrupted_while_it_writes_leaves_nothing() {
+    mode("interrupted-late", &["callbacks", "16384"], |sandbox, job| {
+        let init = job.init().ok_or_else(|| Failure::new("no init"))?;
+        let before = Fingerprint::take(init);
+        // Minutes, if it is not interrupted.
+        let dumper = job.start(&["dump", &job.name, "--io-limit", "50K"], &[])?;
+        expect_events(sandbox, &[DUMPED, RESUMED].concat())?;
+        interrupted(sandbox, job, dumper, Signal::SIGTERM)?;
+        left_nothing_behind(&before, init)?;
+        job.dump(&[]).map(drop)
+    });
+}
+
+#[test]
+fn a_second_signal_ends_a_dump_that_does_not_heed_the_first() {
+    callbacks("interrupted-twice", |sandbox, job| {
+        let moment = sandbox.root.join("out").join("before-freeze");
+        sandbox.user.give(&sandbox.root.join("out"))?;
+        let dumper =
+            job.start(&["dump", &job.name], &[("CKPT_TEST_BEFORE_FREEZE", &moment.to_string_lossy())])?;
+        poll_until(COMMAND_DEADLINE, || moment.exists().then_some(()))
+            .ok_or_else(|| Failure::new("the dump did not come to its freeze"))?;
+        send(&dumper, Signal::SIGINT)?;
+        send(&dumper, Signal::SIGTERM)?;
+        let ended = dumper.finish(COMMAND_DEADLINE)?;
+        expect(ended.code > 128 && moment.exists(), ended.report())?;
+        // What is left goes with the next one.
+        job.dump(&[])?;
+        nothing_unfinished(sandbox, job)
+    });
+}
+
 #[test]
 fn the_next_dump_ends_that_of_a_dumper_that_was_killed() {
     callbacks("killed-again", |sandbox, job| {
@@ -320,8 +402,7 @@ fn the_next_dump_ends_that_of_a_dumper_that_was_killed() {
         let dumper = job.start(&words, &[("CKPT_TEST_BEFORE_FREEZE", &path)])?;
         poll_until(COMMAND_DEADLINE, || moment.exists().then_some(()))
             .ok_or_else(|| Failure::new("the dump did not come to its freeze"))?;
-        nix::sys::signal::kill(Pid::from_raw(dumper.pid()), Signal::SIGKILL)
-            .map_err(|error| Failure(format!("kill: {error}")))?;
+        send(&dumper, Signal::SIGKILL)?;
         dumper.finish(COMMAND_DEADLINE)?;
         job.dump(&[])?;
         expect_events(sandbox, &[DUMPED, RESUMED, DUMPED, RESUMED].concat()).map(drop)

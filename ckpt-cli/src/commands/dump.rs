@@ -81,6 +81,8 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     } else {
         job.status.record.store.clone()
     };
+    // From here on something would be left: the claimed directory, and an application that has heard of a dump.
+    ckpt_sys::interruption::note();
     let mut incremental = None;
     let claim = match &args.dir {
         Some(dir) => Claim::for_dir(dir)?,
@@ -123,6 +125,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     };
     let number = claim.number();
     ckpt_sys::hook::before_publish();
+    DumpError::if_interrupted().with_context(|| format!("job {name} was not dumped"))?;
     ckpt_sys::hook::point();
     let path = claim.publish()?;
     ckpt_sys::hook::point();
@@ -256,6 +259,7 @@ pub fn code_of(error: &DumpError) -> Option<ExitCode> {
     match error {
         DumpError::Refused(_) => Some(ExitCode::REFUSED),
         DumpError::Late { .. } => Some(ExitCode::LATE),
+        DumpError::Interrupted(signal) => Some(ExitCode(128u8.saturating_add(*signal as i32 as u8))),
         DumpError::JobEnded => Some(ExitCode::NOT_FOUND),
         DumpError::NoEngine { .. } => Some(ExitCode::HOST_CANNOT),
         DumpError::Space { .. } => Some(ExitCode::NO_SPACE),

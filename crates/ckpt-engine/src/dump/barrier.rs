@@ -247,7 +247,7 @@ impl Barrier {
     /// Waits until nothing is under way, or the time is up. The time is the same for all calls of it.
     ///
     /// # Errors
-    /// [`DumpError::Late`] if the time is up and the policy is strict.
+    /// [`DumpError::Late`] if the time is up and the policy is strict; [`DumpError::Interrupted`].
     pub fn wait(&mut self) -> Result<(), DumpError> {
         let started = Instant::now();
         let until = *self.until.get_or_insert(started + self.policy.timeout);
@@ -257,6 +257,7 @@ impl Barrier {
         }
         self.attempts += 1;
         let late = loop {
+            DumpError::if_interrupted()?;
             let members = self.members();
             for (host, _) in &members {
                 if self.policy.timeout.is_zero() {

@@ -179,7 +179,7 @@ impl Cooperation {
     ///
     /// # Errors
     /// [`DumpError::Refused`] if an `on_dump` asks for no dump to be made; [`DumpError::Late`] if the time is up and the policy
-    /// strict.
+    /// strict; [`DumpError::Interrupted`].
     pub fn begin(init: i32, policy: BarrierPolicy) -> Result<Cooperation, DumpError> {
         let mut this = Cooperation { policy, members: members(init), late: Vec::new(), over: false };
         this.ask()?;
@@ -219,6 +219,7 @@ impl Cooperation {
             ckpt_sys::hook::point();
         }
         loop {
+            DumpError::if_interrupted()?;
             waited_for.retain(|n| !self.members[*n].has_answered());
             if waited_for.is_empty() || started.elapsed() >= limit {
                 break;

@@ -72,6 +72,7 @@ pub fn write(
     // Content on its way to the files has not been waited for.
     writer.settle()?;
     pace.wait(writer.bytes_written());
+    DumpError::if_interrupted()?;
     ckpt_sys::hook::point();
     Ok((writer.finish()?, account))
 }
