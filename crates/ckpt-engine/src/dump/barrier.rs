@@ -16,6 +16,7 @@ use super::control_word::{ControlWord, ControlWords};
 use super::hooks;
 use crate::error::{DumpError, Refusals};
 use crate::model::Job;
+use crate::model::file::{info_value, infos};
 use crate::model::process::{children, read_proc};
 use ckpt_abi::interceptor::{Control, GATE_CLOSED, GATE_OPEN};
 use ckpt_sys::Pid;
@@ -161,23 +162,13 @@ fn critical_section(member: &Member<'_>) -> Vec<Pending> {
 
 /// Descriptors that were sent to a socket and not received yet (unix(7), SCM_RIGHTS; `scm_fds` in fdinfo).
 fn descriptors_on_their_way(member: &Member<'_>) -> Vec<Pending> {
-    let host = member.host;
-    let numbers = std::fs::read_dir(format!("/proc/{host}/fd")).into_iter().flatten().flatten();
-    let sockets = numbers.filter(|fd| {
-        std::fs::read_link(fd.path())
-            .is_ok_and(|to| to.as_os_str().as_encoded_bytes().starts_with(b"socket:"))
-    });
-    let on_their_way = |number: &str| {
-        let text = read_proc(format!("/proc/{host}/fdinfo/{number}")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        let count = text.lines().find_map(|l| l.strip_prefix("scm_fds:")?.trim().parse::<u64>().ok());
-        count.is_some_and(|n| n > 0)
-    };
-    sockets
-        .filter_map(|fd| fd.file_name().into_string().ok())
-        .filter(|number| on_their_way(number))
-        .map(|number| Pending {
-            task: host,
+    let on_their_way =
+        |info: &str| info_value(info, "scm_fds").and_then(|n| n.parse::<u64>().ok()).is_some_and(|n| n > 0);
+    infos(member.host, |target| target.starts_with(b"socket:"))
+        .into_iter()
+        .filter(|(_, info)| on_their_way(info))
+        .map(|(number, _)| Pending {
+            task: member.host,
             what: format!("the receiving of descriptors (SCM_RIGHTS) at unix socket fd {number}"),
         })
         .collect()
