@@ -12,7 +12,7 @@ use ckpt_tests::{
     guest::{GUEST_DEADLINE, Guest, passes},
     job::{COMMAND_DEADLINE, Job},
     process::{Finished, HostProcess, Running, poll_until},
-    proof::{each_user, with_ready_job},
+    proof::{each_ready_job, each_user},
     sandbox::Sandbox,
     user::Users,
 };
@@ -111,9 +111,7 @@ fn restored(job: &Job<'_>, sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
 }
 
 fn flow(label: &str, guest: &Guest, flow: impl Fn(&Sandbox, &Job<'_>, &str) -> Outcome<()>) {
-    each_user(label, Users::Both, |sandbox| {
-        with_ready_job(guest, sandbox, |job, nonce| flow(sandbox, job, nonce))
-    });
+    each_ready_job(label, Users::Both, guest, flow);
 }
 
 fn guest(action: &str) -> Guest {

@@ -10,7 +10,7 @@ use ckpt_engine::dump::control_word::ControlWord;
 use ckpt_tests::{
     Failure, Outcome, announce,
     fingerprint::Fingerprint,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, Talk, passes},
     job::{COMMAND_DEADLINE, Job},
     process::{HostProcess, Running, poll_until},
     proof::{control, each_user, left_nothing_behind, prove, prove_static, with_ready_job},
@@ -72,12 +72,8 @@ fn ended(sandbox: &Sandbox, job: &Job<'_>) -> Outcome<()> {
 
 /// Go, and the verdict.
 fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => talk.check_log(nonce),
-        other => Err(Failure(format!("the guest says: {other:?}"))),
-    }
+    passes(sandbox, nonce)?;
+    Talk::with(sandbox).check_log(nonce)
 }
 
 fn callbacks(label: &str, flow: impl Fn(&Sandbox, &Job<'_>) -> Outcome<()>) {

@@ -139,13 +139,9 @@ fn dump_killed(label: &str, guest: &Guest, users: Users, most: u64) {
             }
             job.kill()?;
             job.restore(None, &[])?;
-            finish(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
-}
-
-fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    passes(sandbox, nonce)
 }
 
 /// Every file below `dir` with its length and modification time, but for the notes of how often a checkpoint was restored.
@@ -202,7 +198,7 @@ fn restore_killed_at_any_step() {
                     job.kill().map_err(context)?;
                 }
             }
-            finish(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -220,7 +216,7 @@ fn command_line_killed_during_a_dump() {
             // A dump that outlived its command may still be under way: the next is told so, or waits.
             poll_until(Duration::from_secs(60), || job.dump(&[]).ok())
                 .ok_or_else(|| Failure::new("the job can no longer be dumped"))?;
-            finish(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
