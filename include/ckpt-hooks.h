@@ -148,7 +148,7 @@ static inline int ckpt_hooks_unregister(int number)
 /*
  * Begins a critical section of the calling thread: until its end no dump is made, whatever ckpt dump was told; one that is asked for
  * waits, and is refused after --barrier-timeout, naming the process and the section. If a dump is being made already, this
- * call waits until that is over. Sections nest. A thread must end what it began; a forked child is in none.
+ * call waits until that is over. Sections nest. They end with their thread, however that ends; a forked child is in none.
  * name is for messages, may be NULL, and is cut to 31 bytes. Returns CKPT_OK, CKPT_NOT_UNDER_CKPT.
  */
 static inline int ckpt_critical_begin(const char *name)

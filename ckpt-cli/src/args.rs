@@ -277,7 +277,7 @@ impl SupervisionArgs {
 /// The job goes on afterwards, unless --stop is given; it stands still only while its state is collected, not while that is written.
 /// Everything that cannot be saved is named before anything is stopped, and the job is left alone.
 ///
-/// Prints the checkpoint's name, its size and how long the job stood still.
+/// Prints the checkpoint's name, its size and how long the job stood still. Ended by a signal (Ctrl-C) it leaves no checkpoint, and the job as it was.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
 pub struct DumpArgs {
@@ -708,7 +708,8 @@ pub struct SquashArgs {
 
 /// Could this job be dumped now?
 ///
-/// Names everything that stands in the way, by process and descriptor. The job is not stopped.
+/// Names everything that stands in the way, by process and descriptor, and what a dump would wait for. The job is not stopped; its hooks
+/// are not called: what they will close, or object to, is not known.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
 pub struct CheckArgs {

@@ -195,6 +195,7 @@ fn own() {
         }
         hooks().acknowledged.store(hooks().request.load(Ordering::Relaxed), Ordering::Relaxed);
         ckpt_control.in_flight[IN_FLIGHT_CRITICAL].store(0, Ordering::Relaxed);
+        ckpt_control.sections.iter().for_each(|place| place.store(0, Ordering::Relaxed));
         hooks().owner.store(me, Ordering::Release);
         return;
     }
@@ -443,6 +444,50 @@ fn restore() {
 struct Depth {
     owner: u32,
     depth: u32,
+    place: Place,
+    padding: u32,
+}
+
+/// Where a thread in critical sections is noted: one more than its index in `sections`; 0 if it is counted, as there was no room.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Place(u32);
+
+impl Place {
+    /// Notes the thread `tid` of the process `me`.
+    fn take(me: u32, tid: u32) -> Place {
+        let places = &ckpt_control.sections;
+        let swap = |place: &AtomicU32, from| {
+            place.compare_exchange(from, tid, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+        };
+        let free = |place: &AtomicU32| match place.load(Ordering::Relaxed) {
+            0 => swap(place, 0),
+            // Left by a thread that had the same id.
+            other => other == tid && swap(place, tid),
+        };
+        let left = |place: &AtomicU32| {
+            let other = place.load(Ordering::Relaxed);
+            // SAFETY: tgkill(2) with signal 0 only looks whether there is such a thread.
+            let is_there = unsafe {
+                libc::syscall(libc::SYS_tgkill, c_long::from(me), c_long::from(other), 0 as c_long)
+            } == 0;
+            !is_there && swap(place, other)
+        };
+        match places.iter().position(free).or_else(|| places.iter().position(left)) {
+            Some(at) => Place(at as u32 + 1),
+            None => {
+                ckpt_control.in_flight[IN_FLIGHT_CRITICAL].fetch_add(1, Ordering::SeqCst);
+                Place(0)
+            }
+        }
+    }
+
+    fn leave(self) {
+        match self.0.checked_sub(1).and_then(|at| ckpt_control.sections.get(at as usize)) {
+            Some(place) => place.store(0, Ordering::SeqCst),
+            None => _ = ckpt_control.in_flight[IN_FLIGHT_CRITICAL].fetch_sub(1, Ordering::SeqCst),
+        }
+    }
 }
 
 // Rust has no thread-local storage without its standard library. The model is initial-exec, as the library is there
@@ -454,8 +499,8 @@ core::arch::global_asm!(
     ".hidden ckpt_section_depth",
     ".type ckpt_section_depth, @tls_object",
     "ckpt_section_depth:",
-    ".zero 8",
-    ".size ckpt_section_depth, 8",
+    ".zero 16",
+    ".size ckpt_section_depth, 16",
     ".popsection",
 );
 
@@ -475,7 +520,7 @@ fn depth(me: u32) -> &'static mut Depth {
         &mut *at
     };
     if depth.owner != me {
-        *depth = Depth { owner: me, depth: 0 };
+        *depth = Depth { owner: me, depth: 0, place: Place(0), padding: 0 };
     }
     depth
 }
@@ -487,16 +532,16 @@ fn depth(me: u32) -> &'static mut Depth {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ckpt_interceptor_critical_begin(name: *const c_char) -> c_int {
     own();
-    let depth = depth(pid());
+    let me = pid();
+    let depth = depth(me);
     if depth.depth == 0 {
-        let count = &ckpt_control.in_flight[IN_FLIGHT_CRITICAL];
         loop {
-            // Counted first: either the dumper sees the count, or this sees the gate that it has closed.
-            count.fetch_add(1, Ordering::SeqCst);
+            // Noted first: either the dumper sees that, or this sees the gate that it has closed.
+            depth.place = Place::take(me, tid());
             if !gate::is_closed() || now_ns() >= ckpt_control.gate_deadline_ns.load(Ordering::Relaxed) {
                 break;
             }
-            count.fetch_sub(1, Ordering::SeqCst);
+            depth.place.leave();
             gate::wait();
         }
         let mut bytes = [0u8; SECTION_BYTES];
@@ -527,7 +572,7 @@ pub extern "C" fn ckpt_interceptor_critical_end() -> c_int {
     }
     depth.depth -= 1;
     if depth.depth == 0 {
-        ckpt_control.in_flight[IN_FLIGHT_CRITICAL].fetch_sub(1, Ordering::SeqCst);
+        depth.place.leave();
     }
     OK
 }

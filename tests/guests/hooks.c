@@ -5,7 +5,7 @@
  *
  *   veto    on_dump objects while it is there
  *   hold    on_dump waits while it is there
- *   leave   the section is left; die: the process in the section dies
+ *   leave   the section is left; die: the process, or the threads, in the section die
  *   enlist  hooks are registered
  *   ask     a dump is asked for
  *   wiped   memory that is to be shared with no copy has to be zero
@@ -15,7 +15,10 @@
 #include "../../include/ckpt-hooks.h"
 
 #include <pthread.h>
+#include <sys/socket.h>
 
+/* What can't be dumped: on_dump closes it. */
+static int refused = -1;
 /* on_dump less on_resume and on_restore, of each registration. */
 static int outstanding[2];
 static const char *const names[] = { "a", "b" };
@@ -55,6 +58,8 @@ static int on_dump(void *user)
 	EXPECT_EQ("dumps that have had no end", 0, outstanding[which]++);
 	EXPECT_EQ("a dump asked for from a callback", CKPT_NOT_HERE, ckpt_dump_now(1000, NULL));
 	event("dump %s %d", names[which], getpid());
+	if (refused >= 0)
+		close(refused);
 	while (guest_exists("hold"))
 		guest_nap();
 	return guest_exists("veto");
@@ -125,6 +130,41 @@ static void *steps(void *unused)
 		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
 	}
 	return NULL;
+}
+
+/* Threads that end within their section, in one of these ways, when their turn has come. */
+enum { BY_RETURN, BY_CANCEL, BY_SYSCALL, WAYS };
+static volatile int in_section, turn;
+
+static void *ends(void *way)
+{
+	EXPECT_EQ("begin", CKPT_OK, ckpt_critical_begin("of a thread"));
+	EXPECT_EQ("begin within", CKPT_OK, ckpt_critical_begin(NULL));
+	__atomic_add_fetch(&in_section, 1, __ATOMIC_SEQ_CST);
+	while (!__atomic_load_n(&turn, __ATOMIC_SEQ_CST) || (intptr_t)way == BY_CANCEL)
+		guest_nap();
+	if ((intptr_t)way == BY_SYSCALL)
+		syscall(SYS_exit, 0);
+	return NULL;
+}
+
+static void begin_sections(pthread_t *threads, int count)
+{
+	in_section = turn = 0;
+	for (int n = 0; n < count; n++)
+		MUST0(pthread_create(&threads[n], NULL, ends, (void *)(intptr_t)(n % WAYS)));
+	while (__atomic_load_n(&in_section, __ATOMIC_SEQ_CST) < count)
+		guest_nap();
+}
+
+static void end_threads(pthread_t *threads, int count)
+{
+	turn = 1;
+	for (int n = 0; n < count; n++) {
+		if (n % WAYS == BY_CANCEL)
+			MUST0(pthread_cancel(threads[n]));
+		MUST0(pthread_join(threads[n], NULL));
+	}
 }
 
 static void wait_in_section(void)
@@ -213,6 +253,19 @@ int main(int argc, char **argv)
 		for (size_t at = 0; at <= bytes; at++)
 			EXPECT_EQ("memory", 0x5a, memory[at]);
 		guest_ok();
+	} else if (!strcmp(mode, "closes")) {
+		refused = MUST(socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, 0));
+		EXPECT(enlist(0) > 0);
+		guest_ready();
+		finish();
+	} else if (!strcmp(mode, "guarded")) {
+		EXPECT(enlist(0) > 0);
+		wait_in_section();
+		guest_ready();
+		while (!guest_exists("leave"))
+			guest_nap();
+		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
+		finish();
 	} else if (!strcmp(mode, "later")) {
 		guest_ready();
 		while (!guest_exists("enlist"))
@@ -279,6 +332,23 @@ int main(int argc, char **argv)
 		EXPECT_EQ("the child's status", SIGKILL, guest_reap(child));
 		event("died");
 		finish();
+	} else if (!strcmp(mode, "ends")) {
+		pthread_t threads[60];
+
+		/* More in all than are remembered at a time. */
+		begin_sections(threads, 60);
+		end_threads(threads, 60);
+		begin_sections(threads, 15);
+		guest_ready();
+		while (!guest_exists("die"))
+			guest_nap();
+		end_threads(threads, 15);
+		event("died");
+		guest_wait_go();
+		EXPECT_EQ("end of a section of others", CKPT_NOT_HERE, ckpt_critical_end());
+		EXPECT_EQ("begin", CKPT_OK, ckpt_critical_begin("its own"));
+		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
+		guest_ok();
 	} else if (!strcmp(mode, "steps")) {
 		pthread_t threads[2];
 
@@ -301,9 +371,9 @@ int main(int argc, char **argv)
 		guest_ready();
 		while (!guest_exists("ask"))
 			guest_nap();
-		int result = ckpt_dump_now(atoi(argv[3]), &checkpoint);
+		int result = ckpt_dump_now(0, &checkpoint);
 		event("first %d checkpoint=%llu", result, (unsigned long long)checkpoint);
-		if (result == CKPT_TIMED_OUT) {
+		if (result == CKPT_FAILED) {
 			result = ckpt_dump_now(0, &checkpoint);
 			event("second %d checkpoint=%llu", result, (unsigned long long)checkpoint);
 		}

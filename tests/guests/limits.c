@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-/* All resource limits, soft and hard, each with values of its own; and that they still bind. */
+/*
+ * All resource limits, soft and hard, each with values of its own; and that they still bind.
+ *
+ * limits WORKDIR as|data: all but a page of the memory that one limit allows is in use, until somebody raises it.
+ */
 #include "guest.h"
 #include <sys/resource.h>
 
@@ -8,12 +12,37 @@ static const char *const names[RLIM_NLIMITS] = {
 	"MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
 };
 
+__attribute__((noreturn)) static void use_up(const char *name)
+{
+	int which = strcmp(name, "as") ? RLIMIT_DATA : RLIMIT_AS;
+	const char *field = which == RLIMIT_AS ? "VmSize" : "VmData";
+	char kib[32], line[64];
+	struct rlimit before, now;
+
+	/* What makes a thread, a buffer or a file of C's library comes before. */
+	guest_field("/proc/self/status", field, kib, sizeof(kib));
+	MUST(getrlimit(which, &before));
+	before.rlim_cur = (strtoull(kib, NULL, 10) << 10) + 4096;
+	MUST(setrlimit(which, &before));
+	snprintf(line, sizeof(line), "no more than a page is left of %s", field);
+	EXPECT_EQ(line, MAP_FAILED,
+		  mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+	guest_ready();
+	guest_wait_go();
+	MUST(getrlimit(which, &now));
+	EXPECT(now.rlim_cur > before.rlim_cur && now.rlim_cur < before.rlim_cur + (1 << 20));
+	EXPECT_EQ("hard limit", before.rlim_max, now.rlim_max);
+	guest_ok();
+}
+
 int main(int argc, char **argv)
 {
 	struct rlimit before[RLIM_NLIMITS], child_before[2], now;
 	int channel[2];
 
 	guest_begin(argc, argv);
+	if (argc > 2)
+		use_up(argv[2]);
 	for (int i = 0; i < RLIM_NLIMITS; i++) {
 		MUST(getrlimit(i, &before[i]));
 		struct rlimit *limit = &before[i];

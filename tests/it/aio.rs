@@ -72,6 +72,10 @@ fn a_request_that_does_not_end_is_named() {
             if refused.code != REFUSED || !named {
                 return Err(Failure(refused.report()));
             }
+            let check = job.succeed(&["check", &job.name], &[])?;
+            if !check.stdout.contains("pid 2 (aio): asynchronous I/O, 1 requests of AIO context 0x") {
+                return Err(Failure(check.report()));
+            }
             // Another one waits for it.
             let dump = job.start(&["dump", &job.name, "--barrier-timeout", "60s"], &[])?;
             let fire = sandbox.work.join("fire");

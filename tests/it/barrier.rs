@@ -12,7 +12,7 @@ use ckpt_tests::{
     guest::{GUEST_DEADLINE, Guest, passes},
     job::{COMMAND_DEADLINE, Job},
     process::{Finished, HostProcess, Running, poll_until},
-    proof::{each_user, with_ready_job},
+    proof::{each_ready_job, each_user},
     sandbox::Sandbox,
     user::Users,
 };
@@ -111,9 +111,7 @@ fn restored(job: &Job<'_>, sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
 }
 
 fn flow(label: &str, guest: &Guest, flow: impl Fn(&Sandbox, &Job<'_>, &str) -> Outcome<()>) {
-    each_user(label, Users::Both, |sandbox| {
-        with_ready_job(guest, sandbox, |job, nonce| flow(sandbox, job, nonce))
-    });
+    each_ready_job(label, Users::Both, guest, flow);
 }
 
 fn guest(action: &str) -> Guest {
@@ -274,6 +272,10 @@ fn what_need_not_wait_does_not() {
 fn strict_refuses_and_names_who_is_late() {
     for guest in [guest("posix_spawn"), guest("posix_spawn").without_interceptor()] {
         flow(&format!("barrier-strict-{}", guest.interceptor), &guest, |sandbox, job, nonce| {
+            let check = job.succeed(&["check", &job.name, "--json"], &[])?;
+            let waited = json(&check)?["waits_for"][0].clone();
+            let named = waited["pid"] == 2 && waited["tid"] == 3 && waited["program"] == "first";
+            ensure(named, "check does not say who is waited for", &check)?;
             for timeout in ["0", "300ms"] {
                 let words = ["dump", &job.name, "--strict", "--barrier-timeout", timeout];
                 let refused = job.ckpt(&words, &[])?;
@@ -320,6 +322,24 @@ fn who_is_late_is_named_and_frozen_all_the_same() {
             restored(job, sandbox, nonce)
         });
     }
+}
+
+/// A vfork that has no end keeps its parent where nothing can stop it: both are named.
+#[test]
+fn a_vfork_without_end_is_named() {
+    let guest = Guest::new("vfork_wait").arg("held").in_motion();
+    flow("barrier-vfork-held", &guest, |sandbox, job, nonce| {
+        let failed = job.ckpt(&["dump", &job.name, "--barrier-timeout", "0"], &[])?;
+        let who = "pid 3: did not stop within 5 s: it waits for its vfork's child, pid 4, which neither";
+        ensure(
+            failed.code == 1 && failed.stderr.contains(who),
+            &format!("it does not say {who:?}"),
+            &failed,
+        )?;
+        touch(sandbox, "leave")?;
+        job.dump(&["--barrier-timeout", LONG])?;
+        restored(job, sandbox, nonce)
+    });
 }
 
 /// A dumper that is killed while it waits leaves the gate closed, but not for long.
@@ -404,6 +424,10 @@ fn descriptors_on_their_way_are_waited_for() {
     ] {
         let label = format!("barrier-rights-{}-{}", guest.interceptor, guest.is_static);
         flow(&label, &guest, |sandbox, job, nonce| {
+            let check = job.succeed(&["check", &job.name], &[])?;
+            let said =
+                check.stdout.contains("): the receiving of descriptors (SCM_RIGHTS) at unix socket fd ");
+            ensure(said, "it does not say what is waited for", &check)?;
             let refused = job.ckpt(&["dump", &job.name, "--barrier-timeout", "200ms"], &[])?;
             let said = refused.stderr.contains("descriptors on their way");
             ensure(refused.code == 114 && said, "not refused", &refused)?;

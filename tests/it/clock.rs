@@ -5,7 +5,7 @@ use std::{fs, time::Duration};
 
 use ckpt_tests::{
     Failure, Outcome,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{Guest, passes},
     kinds,
     proof::{SKIP_VARIABLE, each_user, with_ready_job},
     sandbox::Sandbox,
@@ -32,12 +32,7 @@ fn missed_while_dead(sandbox: &Sandbox, environment: &[(&str, &str)]) -> Outcome
         job.kill()?;
         std::thread::sleep(DEAD_TIME);
         job.restore(None, environment)?;
-        let talk = Talk::with(sandbox);
-        talk.go()?;
-        match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-            Some(Verdict::Ok) => {}
-            other => return Err(Failure(format!("the guest says {other:?}"))),
-        }
+        passes(sandbox, nonce)?;
         let text = fs::read_to_string(sandbox.work.join("missed"))
             .map_err(|error| Failure(format!("the guest's file missed: {error}")))?;
         for word in text.split_whitespace() {

@@ -8,7 +8,7 @@ use ckpt_tests::{
     guest::{Guest, Talk, passes},
     job::{Job, RunOptions},
     process::Finished,
-    proof::{each_user, with_ready_job},
+    proof::{each_ready_job, each_user},
     user::Users,
 };
 
@@ -32,8 +32,11 @@ fn json(job: &Job<'_>, words: &[&str]) -> Outcome<serde_json::Value> {
 
 #[test]
 fn compressions() {
-    each_user("command-compress", Users::Both, |sandbox| {
-        with_ready_job(&Guest::new("mem_private_anon"), sandbox, |job, nonce| {
+    each_ready_job(
+        "command-compress",
+        Users::Both,
+        &Guest::new("mem_private_anon"),
+        |sandbox, job, nonce| {
             for method in ["none", "lz4", "zstd"] {
                 job.dump(&["--compress", method])?;
                 job.kill()?;
@@ -41,67 +44,61 @@ fn compressions() {
                 job.restore(None, &[])?;
             }
             passes(sandbox, nonce)
-        })
-    });
+        },
+    );
 }
 
 #[test]
 fn dump_stop_ends_the_job() {
-    each_user("command-stop", Users::Both, |sandbox| {
-        with_ready_job(&Guest::new("mem_malloc"), sandbox, |job, nonce| {
-            job.dump(&["--stop"])?;
-            if job.init().is_some() {
-                return Err(Failure::new("the job still runs after dump --stop"));
-            }
-            job.restore(None, &[])?;
-            passes(sandbox, nonce)
-        })
+    each_ready_job("command-stop", Users::Both, &Guest::new("mem_malloc"), |sandbox, job, nonce| {
+        job.dump(&["--stop"])?;
+        if job.init().is_some() {
+            return Err(Failure::new("the job still runs after dump --stop"));
+        }
+        job.restore(None, &[])?;
+        passes(sandbox, nonce)
     });
 }
 
 #[test]
 fn older_checkpoint_by_number() {
-    each_user("command-numbers", Users::Both, |sandbox| {
-        with_ready_job(&Guest::new("file_workers"), sandbox, |job, nonce| {
-            for _ in 0..3 {
-                job.dump(&[])?;
-            }
-            job.kill()?;
-            job.restore(Some(2), &[])?;
-            job.kill()?;
-            job.succeed(&["rm", &format!("{}@3", job.name)], &[])?;
-            expect_code(&job.ckpt(&["restore", &format!("{}@3", job.name), "--detach"], &[])?, NOT_FOUND)?;
-            expect_code(&job.ckpt(&["verify", &format!("{}@3", job.name)], &[])?, NOT_FOUND)?;
-            job.restore(Some(1), &[])?;
-            passes(sandbox, nonce)
-        })
+    each_ready_job("command-numbers", Users::Both, &Guest::new("file_workers"), |sandbox, job, nonce| {
+        for _ in 0..3 {
+            job.dump(&[])?;
+        }
+        job.kill()?;
+        job.restore(Some(2), &[])?;
+        job.kill()?;
+        job.succeed(&["rm", &format!("{}@3", job.name)], &[])?;
+        expect_code(&job.ckpt(&["restore", &format!("{}@3", job.name), "--detach"], &[])?, NOT_FOUND)?;
+        expect_code(&job.ckpt(&["verify", &format!("{}@3", job.name)], &[])?, NOT_FOUND)?;
+        job.restore(Some(1), &[])?;
+        passes(sandbox, nonce)
     });
 }
 
 #[test]
 fn json_of_a_running_job_and_its_checkpoint() {
-    each_user("command-json", Users::Both, |sandbox| {
-        with_ready_job(&Guest::new("file_workers"), sandbox, |job, nonce| {
-            let jobs = json(job, &["ps", "--json"])?;
-            if !jobs.to_string().contains(&format!("\"{}\"", job.name)) {
-                return Err(Failure(format!("ps --json does not name the job: {jobs}")));
-            }
-            job.dump(&[])?;
-            let checkpoints = json(job, &["list", "--json"])?;
-            if !checkpoints.to_string().contains(&job.name) {
-                return Err(Failure(format!("list --json does not name the checkpoint: {checkpoints}")));
-            }
-            let inspected = json(job, &["inspect", &job.name, "--json"])?;
-            if !inspected.to_string().contains("file_workers") {
-                return Err(Failure(format!("inspect --json does not name the program: {inspected}")));
-            }
-            let read = job.succeed(&["inspect", &job.name], &[])?;
-            if !read.stdout.contains("file_workers") {
-                return Err(Failure(format!("inspect does not name the program:\n{}", read.report())));
-            }
-            job.succeed(&["check", &job.name], &[])?;
-            passes(sandbox, nonce)
-        })
+    each_ready_job("command-json", Users::Both, &Guest::new("file_workers"), |sandbox, job, nonce| {
+        let jobs = json(job, &["ps", "--json"])?;
+        if !jobs.to_string().contains(&format!("\"{}\"", job.name)) {
+            return Err(Failure(format!("ps --json does not name the job: {jobs}")));
+        }
+        job.dump(&[])?;
+        let checkpoints = json(job, &["list", "--json"])?;
+        if !checkpoints.to_string().contains(&job.name) {
+            return Err(Failure(format!("list --json does not name the checkpoint: {checkpoints}")));
+        }
+        let inspected = json(job, &["inspect", &job.name, "--json"])?;
+        if !inspected.to_string().contains("file_workers") {
+            return Err(Failure(format!("inspect --json does not name the program: {inspected}")));
+        }
+        let read = job.succeed(&["inspect", &job.name], &[])?;
+        if !read.stdout.contains("file_workers") {
+            return Err(Failure(format!("inspect does not name the program:\n{}", read.report())));
+        }
+        job.succeed(&["check", &job.name], &[])?;
+        passes(sandbox, nonce)
     });
 }
 
@@ -124,32 +121,30 @@ fn statuses_of_jobs() {
 
 #[test]
 fn what_does_not_exist() {
-    each_user("command-missing", Users::Both, |sandbox| {
-        with_ready_job(&Guest::new("mem_brk"), sandbox, |job, nonce| {
-            for words in [
-                &["dump", "nobody"][..],
-                &["restore", "nobody", "--detach"],
-                &["verify", "nobody"],
-                &["inspect", "nobody"],
-                &["check", "nobody"],
-                &["kill", "nobody"],
-                &["rm", "nobody"],
-                &["verify", "./nowhere/"],
-            ] {
-                let finished = job.ckpt(words, &[])?;
-                expect_code(&finished, NOT_FOUND)?;
-                if !finished.stderr.contains("nobody") && !finished.stderr.contains("nowhere") {
-                    return Err(Failure(format!(
-                        "the message does not name what is missing:\n{}",
-                        finished.report()
-                    )));
-                }
+    each_ready_job("command-missing", Users::Both, &Guest::new("mem_brk"), |sandbox, job, nonce| {
+        for words in [
+            &["dump", "nobody"][..],
+            &["restore", "nobody", "--detach"],
+            &["verify", "nobody"],
+            &["inspect", "nobody"],
+            &["check", "nobody"],
+            &["kill", "nobody"],
+            &["rm", "nobody"],
+            &["verify", "./nowhere/"],
+        ] {
+            let finished = job.ckpt(words, &[])?;
+            expect_code(&finished, NOT_FOUND)?;
+            if !finished.stderr.contains("nobody") && !finished.stderr.contains("nowhere") {
+                return Err(Failure(format!(
+                    "the message does not name what is missing:\n{}",
+                    finished.report()
+                )));
             }
-            for words in [&["frobnicate"][..], &["dump"], &["dump", &job.name, "--compress", "rot13"]] {
-                expect_code(&job.ckpt(words, &[])?, USAGE)?;
-            }
-            passes(sandbox, nonce)
-        })
+        }
+        for words in [&["frobnicate"][..], &["dump"], &["dump", &job.name, "--compress", "rot13"]] {
+            expect_code(&job.ckpt(words, &[])?, USAGE)?;
+        }
+        passes(sandbox, nonce)
     });
 }
 

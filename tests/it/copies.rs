@@ -6,7 +6,7 @@ use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 use ckpt_tests::{
     Failure, Outcome, announce,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, Talk, passes},
     job::{Job, RunOptions},
     process::poll_until,
     proof::{each_user, with_ready_job},
@@ -33,12 +33,7 @@ fn live_names(job: &Job<'_>) -> Outcome<Vec<String>> {
 
 /// The copies share a work directory: the first verdict wins, and the log has a line of each.
 fn expect_all_ok(copies: &[Job<'_>], sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => {}
-        other => return Err(Failure(format!("a copy says: {other:?}"))),
-    }
+    passes(sandbox, nonce)?;
     for copy in copies {
         let waited = copy.ckpt(&["wait", &copy.name], &[])?;
         if waited.code != 0 {

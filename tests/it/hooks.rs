@@ -2,19 +2,23 @@
 //! Hooks of the application (`include/ckpt-hooks.h`): callbacks around dumps, critical sections, dumps that it asks for, and what
 //! restored copies are told. All but those that say so need the interceptor.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{fs, mem::offset_of, path::Path, process::Command, time::Duration};
 
+use ckpt_abi::hooks::{ANSWER_FAILED, HOOKS_OFFSET, Hooks, MOST_SECTIONS, answer};
+use ckpt_abi::interceptor::Control;
+use ckpt_engine::dump::control_word::ControlWord;
 use ckpt_tests::{
     Failure, Outcome, announce,
     fingerprint::Fingerprint,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, Talk, passes},
     job::{COMMAND_DEADLINE, Job},
-    process::{HostProcess, poll_until},
+    process::{HostProcess, Running, poll_until},
     proof::{control, each_user, left_nothing_behind, prove, prove_static, with_ready_job},
     sandbox::Sandbox,
     user::Users,
 };
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 /// `ckpt dump`: something is not supported, or not now.
 const REFUSED: i32 = 114;
@@ -68,12 +72,8 @@ fn ended(sandbox: &Sandbox, job: &Job<'_>) -> Outcome<()> {
 
 /// Go, and the verdict.
 fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => talk.check_log(nonce),
-        other => Err(Failure(format!("the guest says: {other:?}"))),
-    }
+    passes(sandbox, nonce)?;
+    Talk::with(sandbox).check_log(nonce)
 }
 
 fn callbacks(label: &str, flow: impl Fn(&Sandbox, &Job<'_>) -> Outcome<()>) {
@@ -245,6 +245,22 @@ fn a_dump_that_fails_has_an_end_too() {
 }
 
 #[test]
+fn a_check_says_that_hooks_decide() {
+    callbacks("check", |sandbox, job| {
+        let check = job.succeed(&["check", &job.name], &[])?;
+        expect(check.stdout.contains("unless an on_dump objects: pid 2, with hooks"), check.report())?;
+        expect(events(sandbox).is_empty(), format!("{:?}", events(sandbox)))
+    });
+    mode("check-closes", &["closes"], |sandbox, job| {
+        let check = job.ckpt(&["check", &job.name], &[])?;
+        let said = check.stderr.contains("after the on_dump of pid 2, with hooks, which may close");
+        expect(check.code == REFUSED && said, check.report())?;
+        job.dump(&[])?;
+        expect_events(sandbox, &["dump a", "resume a"]).map(drop)
+    });
+}
+
+#[test]
 fn a_dumper_that_is_killed_is_not_waited_for_for_ever() {
     callbacks("killed", |sandbox, job| {
         let moment = sandbox.root.join("out").join("before-freeze");
@@ -254,8 +270,7 @@ fn a_dumper_that_is_killed_is_not_waited_for_for_ever() {
         let dumper = job.start(&words, &[("CKPT_TEST_BEFORE_FREEZE", &path)])?;
         poll_until(COMMAND_DEADLINE, || moment.exists().then_some(()))
             .ok_or_else(|| Failure::new("the dump did not come to its freeze"))?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(dumper.pid()), nix::sys::signal::Signal::SIGKILL)
-            .map_err(|error| Failure(format!("kill: {error}")))?;
+        send(&dumper, Signal::SIGKILL)?;
         let ended = dumper.finish(COMMAND_DEADLINE)?;
         expect(ended.code != 0, ended.report())?;
         expect_events(sandbox, &DUMPED)?;
@@ -289,6 +304,89 @@ fn a_dump_that_its_processes_have_given_up_is_no_strict_one() {
     });
 }
 
+fn send(dumper: &Running, signal: Signal) -> Outcome<()> {
+    nix::sys::signal::kill(Pid::from_raw(dumper.pid()), signal)
+        .map_err(|error| Failure(format!("{signal}: {error}")))
+}
+
+/// No directory of an unfinished checkpoint is there.
+fn nothing_unfinished(sandbox: &Sandbox, job: &Job<'_>) -> Outcome<()> {
+    let entries = fs::read_dir(sandbox.store.join(&job.name)).into_iter().flatten().flatten();
+    let names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    expect(!names.iter().any(|name| name.ends_with(".partial")), format!("left: {names:?}"))
+}
+
+/// The dumper ends by its own will, with the signal's status, and leaves nothing.
+fn interrupted(sandbox: &Sandbox, job: &Job<'_>, dumper: Running, signal: Signal) -> Outcome<()> {
+    send(&dumper, signal)?;
+    let ended = dumper.finish(COMMAND_DEADLINE)?;
+    let said = ended.stderr.contains(&format!("interrupted by {signal}; the job runs on"));
+    expect(ended.code == 128 + signal as i32 && said, ended.report())?;
+    nothing_unfinished(sandbox, job)
+}
+
+#[test]
+fn a_dump_that_is_interrupted_has_an_end_at_once() {
+    mode("interrupted", &["guarded"], |sandbox, job| {
+        let mut expected = Vec::new();
+        // The process would wait for 20 s and twice this time by itself.
+        let words = ["dump", &job.name, "--barrier-timeout", "200s"];
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+            let dumper = job.start(&words, &[])?;
+            expected.push("dump a");
+            expect_events(sandbox, &expected)?;
+            interrupted(sandbox, job, dumper, signal)?;
+            expected.push("resume a");
+            expect_events(sandbox, &expected)?;
+        }
+        tell(sandbox, "hold")?;
+        let dumper = job.start(&words, &[])?;
+        expected.push("dump a");
+        expect_events(sandbox, &expected)?;
+        interrupted(sandbox, job, dumper, Signal::SIGINT)?;
+        untell(sandbox, "hold")?;
+        expected.push("resume a");
+        expect_events(sandbox, &expected)?;
+        tell(sandbox, "leave")?;
+        job.dump(&[])?;
+        expected.extend(["dump a", "resume a"]);
+        expect_events(sandbox, &expected).map(drop)
+    });
+}
+
+#[test]
+fn a_dump_that_is_interrupted_while_it_writes_leaves_nothing() {
+    mode("interrupted-late", &["callbacks", "16384"], |sandbox, job| {
+        let init = job.init().ok_or_else(|| Failure::new("no init"))?;
+        let before = Fingerprint::take(init);
+        // Minutes, if it is not interrupted.
+        let dumper = job.start(&["dump", &job.name, "--io-limit", "50K"], &[])?;
+        expect_events(sandbox, &[DUMPED, RESUMED].concat())?;
+        interrupted(sandbox, job, dumper, Signal::SIGTERM)?;
+        left_nothing_behind(&before, init)?;
+        job.dump(&[]).map(drop)
+    });
+}
+
+#[test]
+fn a_second_signal_ends_a_dump_that_does_not_heed_the_first() {
+    callbacks("interrupted-twice", |sandbox, job| {
+        let moment = sandbox.root.join("out").join("before-freeze");
+        sandbox.user.give(&sandbox.root.join("out"))?;
+        let dumper =
+            job.start(&["dump", &job.name], &[("CKPT_TEST_BEFORE_FREEZE", &moment.to_string_lossy())])?;
+        poll_until(COMMAND_DEADLINE, || moment.exists().then_some(()))
+            .ok_or_else(|| Failure::new("the dump did not come to its freeze"))?;
+        send(&dumper, Signal::SIGINT)?;
+        send(&dumper, Signal::SIGTERM)?;
+        let ended = dumper.finish(COMMAND_DEADLINE)?;
+        expect(ended.code > 128 && moment.exists(), ended.report())?;
+        // What is left goes with the next one.
+        job.dump(&[])?;
+        nothing_unfinished(sandbox, job)
+    });
+}
+
 #[test]
 fn the_next_dump_ends_that_of_a_dumper_that_was_killed() {
     callbacks("killed-again", |sandbox, job| {
@@ -300,8 +398,7 @@ fn the_next_dump_ends_that_of_a_dumper_that_was_killed() {
         let dumper = job.start(&words, &[("CKPT_TEST_BEFORE_FREEZE", &path)])?;
         poll_until(COMMAND_DEADLINE, || moment.exists().then_some(()))
             .ok_or_else(|| Failure::new("the dump did not come to its freeze"))?;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(dumper.pid()), nix::sys::signal::Signal::SIGKILL)
-            .map_err(|error| Failure(format!("kill: {error}")))?;
+        send(&dumper, Signal::SIGKILL)?;
         dumper.finish(COMMAND_DEADLINE)?;
         job.dump(&[])?;
         expect_events(sandbox, &[DUMPED, RESUMED, DUMPED, RESUMED].concat()).map(drop)
@@ -378,6 +475,8 @@ fn nothing_is_dumped_in_a_critical_section() {
             let said = refused.stderr.contains(named) && refused.stderr.contains("pid ");
             expect(refused.code == REFUSED && said, refused.report())?;
         }
+        let check = job.succeed(&["check", &job.name], &[])?;
+        expect(check.stdout.contains("a critical section (begun last: \"the outer one\")"), check.report())?;
         expect(events(sandbox).is_empty(), format!("{:?}", events(sandbox)))?;
         let dumper = job.start(&["dump", &job.name, "--barrier-timeout", "60s"], &[])?;
         tell(sandbox, "leave")?;
@@ -398,6 +497,26 @@ fn a_section_ends_with_its_process() {
         tell(sandbox, "die")?;
         expect_events(sandbox, &["died"])?;
         job.dump(&["--strict"])?;
+        job.kill()?;
+        job.restore(None, &[]).map(drop)
+    });
+}
+
+#[test]
+fn a_section_ends_with_its_thread() {
+    mode("ends", &["ends"], |sandbox, job| {
+        let refused = job.ckpt(&["dump", &job.name, "--barrier-timeout", "300ms"], &[])?;
+        let said = refused.stderr.contains("in a critical section");
+        expect(refused.code == REFUSED && said, refused.report())?;
+        tell(sandbox, "die")?;
+        expect_events(sandbox, &["died"])?;
+        job.dump(&["--strict"])?;
+        let guest = job.processes().get(1).copied().ok_or_else(|| Failure::new("no guest"))?;
+        let word = ControlWord::find(Pid::from_raw(guest.pid));
+        let mut left = [1; 4 * MOST_SECTIONS];
+        let read = word.map(|word| word.read(offset_of!(Control, sections), &mut left));
+        expect(read.is_some_and(|read| read.is_ok()), "the control word can't be read")?;
+        expect(left.iter().all(|byte| *byte == 0), format!("not forgotten: {left:?}"))?;
         job.kill()?;
         job.restore(None, &[]).map(drop)
     });
@@ -526,13 +645,23 @@ fn wait_for_call(job: &Job<'_>) -> Outcome<()> {
         .ok_or_else(|| Failure::new("the guest does not ask for a dump"))
 }
 
+/// Ends the guest's call as a dump does that has failed.
+fn end_call(job: &Job<'_>) -> Outcome<()> {
+    let guest = job.processes().get(1).copied().ok_or_else(|| Failure::new("no guest"))?;
+    let word = ControlWord::find(Pid::from_raw(guest.pid)).ok_or_else(|| Failure::new("no control word"))?;
+    let at = |field: usize| HOOKS_OFFSET + field;
+    word.read_u32(at(offset_of!(Hooks, asking)))
+        .and_then(|ticket| {
+            let failed = answer(ticket, ANSWER_FAILED);
+            word.write(at(offset_of!(Hooks, answer)), &failed.to_le_bytes())
+        })
+        .map_err(|error| Failure(format!("the control word: {error}")))
+}
+
 #[test]
 fn an_answer_is_for_the_call_that_was_dumped() {
     each_user("hooks-now-twice", Users::OnlyRoot, |sandbox| {
-        let mut guest = Guest::new("hooks");
-        // How long the first call waits: it has to be frozen by then.
-        guest.args = ["twice", "5000"].map(String::from).to_vec();
-        let words = guest.command(sandbox)?;
+        let words = Guest::new("hooks").arg("twice").command(sandbox)?;
         let job = Job::run_with(sandbox, "guest", &["--dump-on", "request"], &words)?;
         let nonce = ready(sandbox)?;
         let supervisor = stopped_supervisor(&job)?;
@@ -554,21 +683,22 @@ fn an_answer_is_for_the_call_that_was_dumped() {
         wait_for_call(&job)?;
         let_go(&before)?;
         comes_to(&after)?;
-        // The call that the checkpoint has gives up before it is published, and another one waits then.
-        expect_events(sandbox, &["first -3"])?;
+        // The call that the checkpoint has ends before it is published, and another one waits then.
+        end_call(&job)?;
+        expect_events(sandbox, &["first -2"])?;
         wait_for_call(&job)?;
         let_go(&after)?;
         let dumped = dumper.finish(COMMAND_DEADLINE)?;
         expect(dumped.code == 0, dumped.report())?;
         job.dump(&[])?;
-        let mut expected = ["first -3 checkpoint=0", "second 1 checkpoint=2"].map(str::to_owned).to_vec();
-        expect_events(sandbox, &["first -3", "second 1"])?;
+        let mut expected = ["first -2 checkpoint=0", "second 1 checkpoint=2"].map(str::to_owned).to_vec();
+        expect_events(sandbox, &["first -2", "second 1"])?;
         expect(events(sandbox) == expected, format!("{:?}", events(sandbox)))?;
         supervisor.signal(Signal::SIGCONT);
         job.kill()?;
         job.restore(Some(1), &[])?;
         expected.push("first 2 checkpoint=1".to_owned());
-        expect_events(sandbox, &["first -3", "second 1", "first 2"])?;
+        expect_events(sandbox, &["first -2", "second 1", "first 2"])?;
         expect(events(sandbox) == expected, format!("{:?}", events(sandbox)))?;
         finish(sandbox, &nonce)
     });

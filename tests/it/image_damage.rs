@@ -190,6 +190,22 @@ fn truncated() {
 }
 
 #[test]
+fn missing() {
+    with_image("damage-missing", Users::OnlyPlain, |sandbox, job, image, _| {
+        for file in ["records", "pages"] {
+            let copy = copy_of(image, sandbox, "missing")?;
+            fs::remove_file(copy.join(file)).map_err(|error| failure("remove", error))?;
+            expect_all_refuse(job, &copy, &format!("without {file}"), true)?;
+            let verified = job.ckpt(&["verify", &format!("{}/", copy.display())], &[])?;
+            if !verified.stderr.contains(&format!("/{file}: damaged")) {
+                return Err(Failure(format!("{file} is not named:\n{}", verified.report())));
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn too_new() {
     with_image("damage-too-new", Users::OnlyPlain, |sandbox, job, image, _| {
         let copy = copy_of(image, sandbox, "newer")?;

@@ -14,7 +14,7 @@ use ckpt_tests::{
     job::Job,
     pages::{difference, pages_of},
     process::poll_until,
-    proof::{each_user, left_nothing_behind, with_ready_job},
+    proof::{each_ready_job, each_user, left_nothing_behind, with_ready_job},
     sandbox::Sandbox,
     seed::{Random, count_from},
     user::Users,
@@ -32,6 +32,14 @@ fn guest(random: &mut Random, mode: &str) -> Guest {
     // Into a registered rseq area the kernel writes on which processor a thread came back from a stop.
     let guest = Guest::new("mem_changes").arg(&(random.number() >> 1).to_string()).arg(mode);
     guest.run_under(&["env", "GLIBC_TUNABLES=glibc.pthread.rseq=0"])
+}
+
+/// A job of the guest in that mode, whose changes depend on the random numbers.
+fn with_changes(label: &str, how: &str, flow: impl Fn(&Sandbox, &Job<'_>, &str, &mut Random) -> Outcome<()>) {
+    each_user(label, Users::Both, |sandbox| {
+        let mut random = Random::announced(&format!("{label} as {}", sandbox.user.name()));
+        with_ready_job(&guest(&mut random, how), sandbox, |job, nonce| flow(sandbox, job, nonce, &mut random))
+    });
 }
 
 /// Lets the guest do its next step.
@@ -122,178 +130,161 @@ fn restore(job: &Job<'_>) -> Outcome<()> {
     Ok(())
 }
 
-fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    passes(sandbox, nonce)
-}
-
 #[test]
 fn a_chain_equals_a_full_checkpoint() {
-    each_user("incremental-chain", Users::Both, |sandbox| {
-        let mut random = Random::announced(&format!("incremental-chain as {}", sandbox.user.name()));
-        with_ready_job(&guest(&mut random, "steps"), sandbox, |job, nonce| {
-            let first = dump_and_compare(job, sandbox, &[])?;
-            if parent(&first).is_some() {
-                return Err(Failure(format!("the first one has a parent: {first}")));
-            }
-            let mut same = 0;
-            for number in 1..=steps() {
-                step(sandbox, number)?;
-                let said = dump_and_compare(job, sandbox, &[])?;
-                let expected = format!("{}@{number}", job.name);
-                if parent(&said) != Some(&expected) {
-                    return Err(Failure(format!("step {number} is not built on {expected}: {said}")));
-                }
-                same += count(&said, "same_pages");
-            }
-            if same < 500 * steps() {
-                return Err(Failure(format!("only {same} pages were the same in all")));
-            }
-            job.succeed(&["verify", &job.name], &[])?;
-            job.kill()?;
-            restore(job)?;
-            // What the old job's tracking knew is worth nothing for the new one.
+    with_changes("incremental-chain", "steps", |sandbox, job, nonce, _| {
+        let first = dump_and_compare(job, sandbox, &[])?;
+        if parent(&first).is_some() {
+            return Err(Failure(format!("the first one has a parent: {first}")));
+        }
+        let mut same = 0;
+        for number in 1..=steps() {
+            step(sandbox, number)?;
             let said = dump_and_compare(job, sandbox, &[])?;
-            if parent(&said).is_some() || said.get("full_because").is_none_or(|why| !why.is_string()) {
-                return Err(Failure(format!("the first one after a restore is not a full one: {said}")));
+            let expected = format!("{}@{number}", job.name);
+            if parent(&said) != Some(&expected) {
+                return Err(Failure(format!("step {number} is not built on {expected}: {said}")));
             }
-            step(sandbox, steps() + 1)?;
-            let said = dump_and_compare(job, sandbox, &[])?;
-            if parent(&said).is_none() {
-                return Err(Failure(format!("the second one after a restore is a full one: {said}")));
-            }
-            job.kill()?;
-            restore(job)?;
-            finish(sandbox, nonce)
-        })
+            same += count(&said, "same_pages");
+        }
+        if same < 500 * steps() {
+            return Err(Failure(format!("only {same} pages were the same in all")));
+        }
+        job.succeed(&["verify", &job.name], &[])?;
+        job.kill()?;
+        restore(job)?;
+        // What the old job's tracking knew is worth nothing for the new one.
+        let said = dump_and_compare(job, sandbox, &[])?;
+        if parent(&said).is_some() || said.get("full_because").is_none_or(|why| !why.is_string()) {
+            return Err(Failure(format!("the first one after a restore is not a full one: {said}")));
+        }
+        step(sandbox, steps() + 1)?;
+        let said = dump_and_compare(job, sandbox, &[])?;
+        if parent(&said).is_none() {
+            return Err(Failure(format!("the second one after a restore is a full one: {said}")));
+        }
+        job.kill()?;
+        restore(job)?;
+        passes(sandbox, nonce)
     });
 }
 
 #[test]
 fn a_guest_in_motion_is_restored_from_a_chain() {
-    each_user("incremental-motion", Users::Both, |sandbox| {
-        let mut random = Random::announced(&format!("incremental-motion as {}", sandbox.user.name()));
-        with_ready_job(&guest(&mut random, "free"), sandbox, |job, nonce| {
-            for _ in 0..steps() {
-                dump(job, &[])?;
-            }
-            let said = dump(job, &["--stop"])?;
-            if parent(&said).is_none() {
-                return Err(Failure(format!("the last one is a full one: {said}")));
-            }
-            restore(job)?;
-            finish(sandbox, nonce)
-        })
+    with_changes("incremental-motion", "free", |sandbox, job, nonce, _| {
+        for _ in 0..steps() {
+            dump(job, &[])?;
+        }
+        let said = dump(job, &["--stop"])?;
+        if parent(&said).is_none() {
+            return Err(Failure(format!("the last one is a full one: {said}")));
+        }
+        restore(job)?;
+        passes(sandbox, nonce)
     });
 }
 
 #[test]
 fn a_guest_notices_a_scan_that_is_ignored() {
-    each_user("incremental-control", Users::Both, |sandbox| {
-        let mut random = Random::announced(&format!("incremental-control as {}", sandbox.user.name()));
-        with_ready_job(&guest(&mut random, "steps"), sandbox, |job, nonce| {
-            dump(job, &[])?;
-            for number in 1..=2 {
-                step(sandbox, number)?;
-                job.succeed(&["dump", &job.name, "--incremental"], &[(IGNORE_WRITES, "1")])?;
-            }
-            job.kill()?;
-            if job.restore(None, &[]).is_err() {
-                return Ok(());
-            }
-            match finish(sandbox, nonce) {
-                Err(_) => Ok(()),
-                Ok(()) => Err(Failure::new(
-                    "the guest says OK although written pages were taken for unwritten (or ckpt was built without the \
-                     feature test-hooks)",
-                )),
-            }
-        })
+    with_changes("incremental-control", "steps", |sandbox, job, nonce, _| {
+        dump(job, &[])?;
+        for number in 1..=2 {
+            step(sandbox, number)?;
+            job.succeed(&["dump", &job.name, "--incremental"], &[(IGNORE_WRITES, "1")])?;
+        }
+        job.kill()?;
+        if job.restore(None, &[]).is_err() {
+            return Ok(());
+        }
+        match passes(sandbox, nonce) {
+            Err(_) => Ok(()),
+            Ok(()) => Err(Failure::new(
+                "the guest says OK although written pages were taken for unwritten (or ckpt was built without the \
+                 feature test-hooks)",
+            )),
+        }
     });
 }
 
 #[test]
 fn killed_at_any_step() {
-    each_user("incremental-kill", Users::Both, |sandbox| {
-        let mut random = Random::announced(&format!("incremental-kill as {}", sandbox.user.name()));
-        with_ready_job(&guest(&mut random, "steps"), sandbox, |job, nonce| {
-            let counter = sandbox.work.join("steps");
-            dump(job, &[])?;
-            let words = ["dump", job.name.as_str(), "--incremental"];
-            job.succeed(&words, &[("CKPT_TEST_COUNT", &counter.to_string_lossy())])?;
-            let text = fs::read_to_string(&counter)
-                .map_err(|e| Failure(format!("no steps ({e}): built without the feature test-hooks?")))?;
-            let all: u64 = text.trim().parse().map_err(|e| Failure(format!("steps {text:?}: {e}")))?;
-            let moments = count_from("CKPT_TEST_MOMENTS", 12).min(12);
-            announce(&format!("incremental-kill as {}: {moments} of {all} steps", sandbox.user.name()));
-            for moment in 1..=moments {
-                step(sandbox, moment)?;
-                // Every other one is killed near its end, where the image is complete and not yet known to init.
-                let at = if moment % 2 == 0 { all - random.below(all.min(6)) } else { 1 + random.below(all) };
-                let context =
-                    |f: Failure| Failure(format!("dump {moment}, killed at step {at} of {all}: {f}"));
-                job.ckpt(&words, &[("CKPT_TEST_KILL_AT", &at.to_string())])?;
-                dump_and_compare(job, sandbox, &[]).map_err(context)?;
-                let said = dump_and_compare(job, sandbox, &[]).map_err(context)?;
-                if parent(&said).is_none() {
-                    return Err(context(Failure(format!("tracking does not begin again: {said}"))));
-                }
+    with_changes("incremental-kill", "steps", |sandbox, job, nonce, random| {
+        let counter = sandbox.work.join("steps");
+        dump(job, &[])?;
+        let words = ["dump", job.name.as_str(), "--incremental"];
+        job.succeed(&words, &[("CKPT_TEST_COUNT", &counter.to_string_lossy())])?;
+        let text = fs::read_to_string(&counter)
+            .map_err(|e| Failure(format!("no steps ({e}): built without the feature test-hooks?")))?;
+        let all: u64 = text.trim().parse().map_err(|e| Failure(format!("steps {text:?}: {e}")))?;
+        let moments = count_from("CKPT_TEST_MOMENTS", 12).min(12);
+        announce(&format!("incremental-kill as {}: {moments} of {all} steps", sandbox.user.name()));
+        for moment in 1..=moments {
+            step(sandbox, moment)?;
+            // Every other one is killed near its end, where the image is complete and not yet known to init.
+            let at = if moment % 2 == 0 { all - random.below(all.min(6)) } else { 1 + random.below(all) };
+            let context = |f: Failure| Failure(format!("dump {moment}, killed at step {at} of {all}: {f}"));
+            job.ckpt(&words, &[("CKPT_TEST_KILL_AT", &at.to_string())])?;
+            dump_and_compare(job, sandbox, &[]).map_err(context)?;
+            let said = dump_and_compare(job, sandbox, &[]).map_err(context)?;
+            if parent(&said).is_none() {
+                return Err(context(Failure(format!("tracking does not begin again: {said}"))));
             }
-            job.kill()?;
-            restore(job)?;
-            finish(sandbox, nonce)
-        })
+        }
+        job.kill()?;
+        restore(job)?;
+        passes(sandbox, nonce)
     });
 }
 
 #[test]
 fn doubtful_tracking_makes_a_full_checkpoint() {
-    each_user("incremental-doubt", Users::Both, |sandbox| {
-        let mut random = Random::announced(&format!("incremental-doubt as {}", sandbox.user.name()));
-        with_ready_job(&guest(&mut random, "steps"), sandbox, |job, nonce| {
-            let full = |options: &[&str], words: &str| {
-                let said = dump_and_compare(job, sandbox, options)?;
-                let why = said.get("full_because").and_then(serde_json::Value::as_str).unwrap_or_default();
-                match parent(&said) {
-                    None if why.contains(words) => Ok(()),
-                    _ => Err(Failure(format!("not a full one because of {words:?}: {said}"))),
-                }
-            };
-            let built_on = |number: u64| {
-                let said = dump_and_compare(job, sandbox, &[])?;
-                let expected = format!("{}@{number}", job.name);
-                if parent(&said) == Some(&expected) {
-                    Ok(())
-                } else {
-                    Err(Failure(format!("not built on {expected}: {said}")))
-                }
-            };
-            full(&[], "first incremental dump")?;
-            step(sandbox, 1)?;
-            built_on(1)?;
-            full(&["--max-chain", "2"], "--max-chain 2")?;
-            built_on(3)?;
-            // One that is not incremental leaves tracking alone, but is newer than what is tracked.
-            job.dump(&[])?;
-            step(sandbox, 2)?;
-            full(&[], "has been made since")?;
-            built_on(6)?;
-            for number in [7, 6] {
-                job.succeed(&["rm", &format!("{}@{number}", job.name)], &[])?;
+    with_changes("incremental-doubt", "steps", |sandbox, job, nonce, _| {
+        let full = |options: &[&str], words: &str| {
+            let said = dump_and_compare(job, sandbox, options)?;
+            let why = said.get("full_because").and_then(serde_json::Value::as_str).unwrap_or_default();
+            match parent(&said) {
+                None if why.contains(words) => Ok(()),
+                _ => Err(Failure(format!("not a full one because of {words:?}: {said}"))),
             }
-            step(sandbox, 3)?;
-            full(&[], "not in this store")?;
-            job.kill()?;
-            restore(job)?;
-            finish(sandbox, nonce)
-        })
+        };
+        let built_on = |number: u64| {
+            let said = dump_and_compare(job, sandbox, &[])?;
+            let expected = format!("{}@{number}", job.name);
+            if parent(&said) == Some(&expected) {
+                Ok(())
+            } else {
+                Err(Failure(format!("not built on {expected}: {said}")))
+            }
+        };
+        full(&[], "first incremental dump")?;
+        step(sandbox, 1)?;
+        built_on(1)?;
+        full(&["--max-chain", "2"], "--max-chain 2")?;
+        built_on(3)?;
+        // One that is not incremental leaves tracking alone, but is newer than what is tracked.
+        job.dump(&[])?;
+        step(sandbox, 2)?;
+        full(&[], "has been made since")?;
+        built_on(6)?;
+        for number in [7, 6] {
+            job.succeed(&["rm", &format!("{}@{number}", job.name)], &[])?;
+        }
+        step(sandbox, 3)?;
+        full(&[], "not in this store")?;
+        job.kill()?;
+        restore(job)?;
+        passes(sandbox, nonce)
     });
 }
 
 /// The image of a job that hardly changes holds hardly anything, though the chain holds all.
 #[test]
 fn little_is_stored_when_little_has_changed() {
-    each_user("incremental-size", Users::Both, |sandbox| {
-        with_ready_job(&Guest::new("mem_private_anon"), sandbox, |job, nonce| {
+    each_ready_job(
+        "incremental-size",
+        Users::Both,
+        &Guest::new("mem_private_anon"),
+        |sandbox, job, nonce| {
             let first = dump(job, &[])?;
             let second = dump(job, &[])?;
             let path = second.get("path").and_then(serde_json::Value::as_str).unwrap_or_default();
@@ -306,9 +297,9 @@ fn little_is_stored_when_little_has_changed() {
             }
             job.kill()?;
             restore(job)?;
-            finish(sandbox, nonce)
-        })
-    });
+            passes(sandbox, nonce)
+        },
+    );
 }
 
 /// Each dump attaches anew, as the one before was killed. The guest waits for children all the time, and has none.
@@ -343,15 +334,18 @@ fn attaching_is_not_seen() {
                 }
                 left_nothing_behind(&before, init).map_err(context)?;
             }
-            finish(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
 
 #[test]
 fn a_process_that_can_not_be_attached_is_saved_whole() {
-    each_user("incremental-limit", Users::OnlyPlain, |sandbox| {
-        with_ready_job(&Guest::new("cow_unseen").arg("limit").in_motion(), sandbox, |job, nonce| {
+    each_ready_job(
+        "incremental-limit",
+        Users::OnlyPlain,
+        &Guest::new("cow_unseen").arg("limit").in_motion(),
+        |sandbox, job, nonce| {
             for number in 0..2 {
                 let dumped = job.succeed(&["dump", &job.name, "--incremental", "--json"], &[])?;
                 let said: serde_json::Value =
@@ -363,7 +357,7 @@ fn a_process_that_can_not_be_attached_is_saved_whole() {
             }
             job.kill()?;
             job.restore(None, &[])?;
-            finish(sandbox, nonce)
-        })
-    });
+            passes(sandbox, nonce)
+        },
+    );
 }

@@ -93,6 +93,12 @@ fn dump_of_undumpable_killed_at_any_step() {
     dump_killed("kill-undumpable", &guest, Users::OnlyPlain, 60);
 }
 
+#[test]
+fn dump_of_a_job_with_hooks_killed_at_any_step() {
+    // The guest looks whether each on_dump is followed by one on_resume or on_restore.
+    dump_killed("kill-hooks", &Guest::new("hooks").arg("callbacks"), Users::Both, 40);
+}
+
 fn dump_killed(label: &str, guest: &Guest, users: Users, most: u64) {
     each_user(label, users, |sandbox| {
         with_ready_job(guest, sandbox, |job, nonce| {
@@ -133,13 +139,9 @@ fn dump_killed(label: &str, guest: &Guest, users: Users, most: u64) {
             }
             job.kill()?;
             job.restore(None, &[])?;
-            finish(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
-}
-
-fn finish(sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
-    passes(sandbox, nonce)
 }
 
 /// Every file below `dir` with its length and modification time, but for the notes of how often a checkpoint was restored.
@@ -196,7 +198,7 @@ fn restore_killed_at_any_step() {
                     job.kill().map_err(context)?;
                 }
             }
-            finish(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
@@ -214,7 +216,7 @@ fn command_line_killed_during_a_dump() {
             // A dump that outlived its command may still be under way: the next is told so, or waits.
             poll_until(Duration::from_secs(60), || job.dump(&[]).ok())
                 .ok_or_else(|| Failure::new("the job can no longer be dumped"))?;
-            finish(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }

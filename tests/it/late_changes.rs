@@ -9,7 +9,7 @@ use ckpt_tests::{
     guest::{GUEST_DEADLINE, Guest, Talk, Verdict, passes},
     job::{COMMAND_DEADLINE, Job},
     process::poll_until,
-    proof::{each_user, with_ready_job},
+    proof::each_ready_job,
     sandbox::Sandbox,
     user::Users,
 };
@@ -37,16 +37,14 @@ fn dump_late(job: &Job<'_>, sandbox: &Sandbox, options: &[&str], more: &[(&str, 
 }
 
 fn prove(label: &str, guest: &Guest, options: &[&str]) {
-    each_user(label, Users::Both, |sandbox| {
-        with_ready_job(guest, sandbox, |job, nonce| {
-            if options.contains(&"--incremental") {
-                job.succeed(&["dump", &job.name, "--incremental"], &[])?;
-            }
-            dump_late(job, sandbox, options, &[])?;
-            job.kill()?;
-            job.restore(None, &[])?;
-            passes(sandbox, nonce)
-        })
+    each_ready_job(label, Users::Both, guest, |sandbox, job, nonce| {
+        if options.contains(&"--incremental") {
+            job.succeed(&["dump", &job.name, "--incremental"], &[])?;
+        }
+        dump_late(job, sandbox, options, &[])?;
+        job.kill()?;
+        job.restore(None, &[])?;
+        passes(sandbox, nonce)
     });
 }
 
@@ -78,30 +76,28 @@ fn saved_incrementally() {
 fn flags_of_large_mappings_are_those_of_the_moment() {
     const IN_PARTS: &[(&str, &str)] = &[("CKPT_TEST_FLAGS_OF_PARTS", "1")];
     let guest = Guest::new("late_changes").arg("large");
-    each_user("late-flags", Users::Both, |sandbox| {
-        with_ready_job(&guest, sandbox, |job, nonce| {
-            let words = ["dump", job.name.as_str(), "--incremental"];
-            let about = |file: &str| {
-                let main = job.processes().get(1).map_or(0, |p| p.pid);
-                fs::read_to_string(format!("/proc/{main}/{file}"))
-                    .map_err(|error| Failure(format!("{file} of the guest: {error}")))
-            };
-            job.succeed(&words, &[])?;
-            if !about("smaps")?.contains(" uw ") {
-                announce("skipped: late-flags: nothing is watched by userfaultfd here");
-                return Ok(());
-            }
-            // What the first one made of the mappings stays.
-            let before = about("maps")?;
-            job.succeed(&words, IN_PARTS)?;
-            if about("maps")? != before {
-                return Err(Failure(format!("mappings were\n{before}and are\n{}", about("maps")?)));
-            }
-            dump_late(job, sandbox, &words[2..], IN_PARTS)?;
-            job.kill()?;
-            job.restore(None, &[])?;
-            passes(sandbox, nonce)
-        })
+    each_ready_job("late-flags", Users::Both, &guest, |sandbox, job, nonce| {
+        let words = ["dump", job.name.as_str(), "--incremental"];
+        let about = |file: &str| {
+            let main = job.processes().get(1).map_or(0, |p| p.pid);
+            fs::read_to_string(format!("/proc/{main}/{file}"))
+                .map_err(|error| Failure(format!("{file} of the guest: {error}")))
+        };
+        job.succeed(&words, &[])?;
+        if !about("smaps")?.contains(" uw ") {
+            announce("skipped: late-flags: nothing is watched by userfaultfd here");
+            return Ok(());
+        }
+        // What the first one made of the mappings stays.
+        let before = about("maps")?;
+        job.succeed(&words, IN_PARTS)?;
+        if about("maps")? != before {
+            return Err(Failure(format!("mappings were\n{before}and are\n{}", about("maps")?)));
+        }
+        dump_late(job, sandbox, &words[2..], IN_PARTS)?;
+        job.kill()?;
+        job.restore(None, &[])?;
+        passes(sandbox, nonce)
     });
 }
 
@@ -128,19 +124,17 @@ fn shared_memory_is_that_of_the_moment_incrementally() {
 /// With CKPT_TEST_IGNORE_WRITES what differs passes for equal, which the guest must notice.
 #[test]
 fn a_guest_notices_a_comparison_that_is_ignored() {
-    each_user("late-shared-control", Users::Both, |sandbox| {
-        with_ready_job(&Guest::new("shared_late"), sandbox, |job, nonce| {
-            dump_late(job, sandbox, &[], &[("CKPT_TEST_IGNORE_WRITES", "1")])?;
-            job.kill()?;
-            job.restore(None, &[])?;
-            let talk = Talk::with(sandbox);
-            talk.go()?;
-            match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-                Some(Verdict::Ok) => {
-                    Err(Failure::new("the guest says OK although pages that had changed were not copied"))
-                }
-                _ => Ok(()),
+    each_ready_job("late-shared-control", Users::Both, &Guest::new("shared_late"), |sandbox, job, nonce| {
+        dump_late(job, sandbox, &[], &[("CKPT_TEST_IGNORE_WRITES", "1")])?;
+        job.kill()?;
+        job.restore(None, &[])?;
+        let talk = Talk::with(sandbox);
+        talk.go()?;
+        match talk.wait_verdict(nonce, GUEST_DEADLINE) {
+            Some(Verdict::Ok) => {
+                Err(Failure::new("the guest says OK although pages that had changed were not copied"))
             }
-        })
+            _ => Ok(()),
+        }
     });
 }

@@ -7,7 +7,7 @@ use std::{fs, path::Path};
 
 use ckpt_tests::{
     Failure, Outcome,
-    guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+    guest::{GUEST_DEADLINE, Guest, Talk, passes},
     job::{COMMAND_DEADLINE, Job},
     process::{Finished, poll_until},
     proof::{each_user, with_ready_job},
@@ -45,13 +45,8 @@ fn expect_lazy(said: &serde_json::Value) -> Outcome<()> {
 
 fn expect_ok(job: &Job<'_>, sandbox: &Sandbox, nonce: &str) -> Outcome<()> {
     let waiter = job.start(&["wait", &job.name], &[])?;
-    let talk = Talk::with(sandbox);
-    talk.go()?;
-    match talk.wait_verdict(nonce, GUEST_DEADLINE) {
-        Some(Verdict::Ok) => {}
-        other => return Err(Failure(format!("the guest says: {other:?}"))),
-    }
-    talk.check_log(nonce)?;
+    passes(sandbox, nonce)?;
+    Talk::with(sandbox).check_log(nonce)?;
     let waited = waiter.finish(COMMAND_DEADLINE)?;
     if waited.code != 0 { Err(Failure(waited.report())) } else { Ok(()) }
 }

@@ -1,6 +1,45 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What belongs to a process: the tree, its names and argument areas, its attributes, limits.
 
+use std::time::Duration;
+
+use ckpt_tests::{
+    Failure,
+    guest::{Guest, passes},
+    proof::{each_user, with_ready_job},
+    user::Users,
+};
+
+/// There is no room for the pages that a dump maps: it is refused, and says how to make some.
+#[test]
+fn memory_at_its_limit_is_refused_with_what_to_do() {
+    for (which, name) in [("as", "RLIMIT_AS"), ("data", "RLIMIT_DATA")] {
+        each_user(&format!("limits-{which}"), Users::Both, |sandbox| {
+            with_ready_job(&Guest::new("limits").arg(which), sandbox, |job, nonce| {
+                for command in ["check", "dump"] {
+                    let refused = job.ckpt(&[command, &job.name], &[])?;
+                    let advice = refused.stderr.split_once("raise the limit: ").map(|(_, advice)| advice);
+                    let words: Vec<String> =
+                        advice.unwrap_or_default().split_whitespace().map(String::from).collect();
+                    if refused.code != 114 || !refused.stderr.contains(name) || words.is_empty() {
+                        return Err(Failure(refused.report()));
+                    }
+                    if command == "dump" {
+                        let raised = sandbox.execute(&words, &[], Duration::from_secs(10))?;
+                        if raised.code != 0 {
+                            return Err(Failure(raised.report()));
+                        }
+                    }
+                }
+                job.dump(&[])?;
+                job.kill()?;
+                job.restore(None, &[])?;
+                passes(sandbox, nonce)
+            })
+        });
+    }
+}
+
 ckpt_tests::guest_tests! {
     sysv_semaphore => Guest::new("sysv_semaphore"), needs [kinds::SYSV_SEMAPHORE];
     vfork_wait => Guest::new("vfork_wait").in_motion();

@@ -10,7 +10,7 @@ ckpt_tests::guest_tests! {
 fn settings_control_on_a_terminal() {
     use ckpt_tests::{
         Failure,
-        guest::{GUEST_DEADLINE, Guest, Talk, Verdict},
+        guest::{Guest, Talk, passes},
         proof::each_user,
         user::Users,
     };
@@ -18,12 +18,9 @@ fn settings_control_on_a_terminal() {
         let command = Guest::new("tty_settings").command(sandbox)?.join(" ");
         let words = ["script", "-qfc", &command, "/dev/null"].map(String::from);
         let _running = sandbox.start(&words, &[])?;
-        let talk = Talk::with(sandbox);
-        let nonce = talk.wait_ready()?.map_err(|verdict| Failure(format!("the guest says: {verdict:?}")))?;
-        talk.go()?;
-        match talk.wait_verdict(&nonce, GUEST_DEADLINE) {
-            Some(Verdict::Ok) => Ok(()),
-            other => Err(Failure(format!("the guest says: {other:?}"))),
-        }
+        let nonce = Talk::with(sandbox)
+            .wait_ready()?
+            .map_err(|verdict| Failure(format!("the guest says: {verdict:?}")))?;
+        passes(sandbox, &nonce)
     });
 }

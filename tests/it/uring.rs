@@ -43,6 +43,10 @@ fn refused_with_what_is_in_flight() {
 fn what_is_in_flight_is_waited_for() {
     each_user("uring-closes", Users::Both, |sandbox| {
         with_ready_job(&Guest::new("uring").arg("closes"), sandbox, |job, nonce| {
+            let check = job.succeed(&["check", &job.name], &[])?;
+            if !check.stdout.contains("): asynchronous I/O of io_uring fd ") {
+                return Err(Failure(check.report()));
+            }
             let none = job.ckpt(&["dump", &job.name, "--barrier-timeout", "0"], &[])?;
             if none.code != REFUSED {
                 return Err(Failure(none.report()));

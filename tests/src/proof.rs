@@ -49,6 +49,16 @@ pub fn each_user(label: &str, users: Users, flow: impl Fn(&Sandbox) -> Outcome<(
     }
 }
 
+/// As [`each_user`], with a job of `guest` that is ready, and its nonce.
+pub fn each_ready_job(
+    label: &str,
+    users: Users,
+    guest: &Guest,
+    flow: impl Fn(&Sandbox, &Job<'_>, &str) -> Outcome<()>,
+) {
+    each_user(label, users, |sandbox| with_ready_job(guest, sandbox, |job, nonce| flow(sandbox, job, nonce)));
+}
+
 fn skipped(guest: &Guest, sandbox: &Sandbox, why: &str) -> Outcome<()> {
     announce(&format!("skipped: {} as {}: {why}", guest.label(), sandbox.user.name()));
     Ok(())

@@ -73,14 +73,16 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let with_files = job.status.record.with_files;
     // What is unsupported is named before what is known of its writes is taken, which a refused dump would lose. With hooks, it may
     // yet be closed by an on_dump.
-    if args.incremental && !ckpt_engine::dump::hooks::are_registered(info.init) {
-        ckpt_engine::dump::check(&info, true)?;
+    if args.incremental && ckpt_engine::dump::hooks::registered(info.init).is_empty() {
+        ckpt_engine::dump::check(&info)?;
     }
     let root = if args.store.store.is_some() {
         store_directory(&args.store)?
     } else {
         job.status.record.store.clone()
     };
+    // From here on something would be left: the claimed directory, and an application that has heard of a dump.
+    ckpt_sys::interruption::note();
     let mut incremental = None;
     let claim = match &args.dir {
         Some(dir) => Claim::for_dir(dir)?,
@@ -123,6 +125,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     };
     let number = claim.number();
     ckpt_sys::hook::before_publish();
+    DumpError::if_interrupted().with_context(|| format!("job {name} was not dumped"))?;
     ckpt_sys::hook::point();
     let path = claim.publish()?;
     ckpt_sys::hook::point();
@@ -256,6 +259,7 @@ pub fn code_of(error: &DumpError) -> Option<ExitCode> {
     match error {
         DumpError::Refused(_) => Some(ExitCode::REFUSED),
         DumpError::Late { .. } => Some(ExitCode::LATE),
+        DumpError::Interrupted(signal) => Some(ExitCode(128u8.saturating_add(*signal as i32 as u8))),
         DumpError::JobEnded => Some(ExitCode::NOT_FOUND),
         DumpError::NoEngine { .. } => Some(ExitCode::HOST_CANNOT),
         DumpError::Space { .. } => Some(ExitCode::NO_SPACE),

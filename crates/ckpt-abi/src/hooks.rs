@@ -19,6 +19,11 @@
 //! same word, and counts for no other: a call may have given up, and another one wait, by the time a dump that had noted it is
 //! complete. What `asking` and `answer` hold tells who waits: see [`unanswered`].
 //!
+//! # Critical sections
+//! A thread in one has its id in one of the [`MOST_SECTIONS`] places of the control word, or is counted if none was free. An id whose
+//! thread has ended, however it did, counts for nothing: its place is taken by the next that needs one, and made free by a
+//! dumper while all stands still, as the id may be another thread's after a restore.
+//!
 //! # Limits
 //! A forked child has the block of its parent, and none of its threads: what `owner` is not the pid of is as good as
 //! zero. Nothing that is read from it is trusted.
@@ -33,6 +38,8 @@ pub const HOOKS_BYTES: usize = 128;
 pub const COPY_OFFSET: usize = 512;
 /// Its size in bytes.
 pub const COPY_BYTES: usize = 128;
+/// Threads that may be in critical sections at a time without being counted.
+pub const MOST_SECTIONS: usize = 64;
 /// Bytes of a section's name, the NUL that ends it included.
 pub const SECTION_BYTES: usize = 32;
 /// Bytes of a job's name, the NUL that ends it included.

@@ -30,6 +30,7 @@
 //! | 128 | 128 | hooks, see [`crate::hooks`] |
 //! | 256 | 64 | watches |
 //! | 512 | 128 | what a restored process is told of itself, see [`crate::hooks`] |
+//! | 640 | 256 | threads in critical sections, see [`crate::hooks`] |
 //!
 //! What is not listed is reserved and zero.
 //!
@@ -38,7 +39,7 @@
 //! what it knows as a process without the interceptor. So are those with version 1, which had no gate. The
 //! layout of a version never changes.
 
-use crate::hooks::{COPY_BYTES, COPY_OFFSET, Copy, HOOKS_OFFSET, Hooks};
+use crate::hooks::{COPY_BYTES, COPY_OFFSET, Copy, HOOKS_OFFSET, Hooks, MOST_SECTIONS};
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -84,8 +85,10 @@ pub const IN_FLIGHT_AIO: usize = 2;
 /// Index in `in_flight`: requests of `io_uring` that have not completed.
 pub const IN_FLIGHT_IO_URING: usize = 3;
 
-/// Index in `in_flight`: critical sections in which the application does not want to be dumped.
+/// Index in `in_flight`: threads in critical sections that have no place in `sections`.
 pub const IN_FLIGHT_CRITICAL: usize = 4;
+
+const RESERVED_BYTES: usize = CONTROL_SIZE_BYTES - COPY_OFFSET - COPY_BYTES - 4 * MOST_SECTIONS;
 
 /// The control word, as it lies in the memory of a process that carries the interceptor.
 ///
@@ -125,8 +128,10 @@ pub struct Control {
     pub reserved2: [u8; COPY_OFFSET - 320],
     /// What a restored process is told of itself.
     pub copy: Copy,
+    /// Thread ids, as the process sees them, of those in critical sections; 0 where a place is free. One that has ended is in none.
+    pub sections: [AtomicU32; MOST_SECTIONS],
     /// Zero in this version.
-    pub reserved: [u8; CONTROL_SIZE_BYTES - COPY_OFFSET - COPY_BYTES],
+    pub reserved: [u8; RESERVED_BYTES],
 }
 
 impl Control {
@@ -148,7 +153,8 @@ impl Control {
             watches: [const { AtomicU64::new(0) }; 8],
             reserved2: [0; COPY_OFFSET - 320],
             copy: Copy::new(),
-            reserved: [0; CONTROL_SIZE_BYTES - COPY_OFFSET - COPY_BYTES],
+            sections: [const { AtomicU32::new(0) }; MOST_SECTIONS],
+            reserved: [0; RESERVED_BYTES],
         }
     }
 }
@@ -217,6 +223,7 @@ const _: () = {
     assert!(offset_of!(Control, watches) == 256);
     assert!(offset_of!(Control, reserved2) == 320);
     assert!(offset_of!(Control, copy) == COPY_OFFSET);
+    assert!(offset_of!(Control, sections) == 640);
 };
 
 #[cfg(test)]

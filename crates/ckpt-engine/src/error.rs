@@ -61,6 +61,12 @@ impl Refusals {
         self.0.iter().all(|r| r.passing)
     }
 
+    /// Those that will not be over by themselves.
+    pub fn lasting(mut self) -> Refusals {
+        self.0.retain(|r| !r.passing);
+        self
+    }
+
     /// An error if there are any.
     ///
     /// # Errors
@@ -90,6 +96,9 @@ pub enum DumpError {
     /// The job is gone.
     #[error("the job ended while it was being dumped")]
     JobEnded,
+    /// A signal asks for the dump not to be made.
+    #[error("interrupted by {0}; the job runs on")]
+    Interrupted(ckpt_sys::Signal),
     /// Processes that did not reach a safe point in time, and the dump was not to be made without.
     #[error(
         "the job did not come to a safe point within {} s; it runs on undisturbed:{late}\n\
@@ -218,6 +227,14 @@ impl std::convert::From<WriteError> for DumpError {
 }
 
 impl DumpError {
+    /// An error if a signal has been noted that is to end the dump.
+    ///
+    /// # Errors
+    /// [`DumpError::Interrupted`].
+    pub fn if_interrupted() -> Result<(), DumpError> {
+        ckpt_sys::interruption::noted().map_or(Ok(()), |signal| Err(DumpError::Interrupted(signal)))
+    }
+
     /// An error about a process.
     pub fn process(pid: i32, what: impl Into<String>) -> impl FnOnce(std::io::Error) -> DumpError {
         let what = what.into();

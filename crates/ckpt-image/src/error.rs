@@ -18,6 +18,14 @@ pub enum ReadError {
         /// The reason.
         source: io::Error,
     },
+    /// The directory lacks a file of the image.
+    #[error(
+        "{path}: damaged: there is no such file in the checkpoint's directory; put it back, or restore an older checkpoint (`ckpt list` shows what there is)"
+    )]
+    FileMissing {
+        /// The file.
+        path: String,
+    },
     /// The file does not begin like an image of ckpt.
     #[error("{path}: not a ckpt image ({what}); name a checkpoint directory, `ckpt list` shows them")]
     NotAnImage {

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 
@@ -228,10 +229,9 @@ pub(crate) fn open_dir(dir: &Path, label: &str) -> Result<OwnedFd, ReadError> {
 pub(crate) fn open_file(dir: &OwnedFd, name: &str, path: &str) -> Result<(File, u64), ReadError> {
     // O_NONBLOCK: a FIFO put here must not block us before it is refused.
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-    let fd = openat(dir.as_fd(), name, flags, Mode::empty()).map_err(|errno| ReadError::Io {
-        path: path.to_owned(),
-        action: "open the image file",
-        source: errno.into(),
+    let fd = openat(dir.as_fd(), name, flags, Mode::empty()).map_err(|errno| match errno {
+        Errno::ENOENT => ReadError::FileMissing { path: path.to_owned() },
+        _ => ReadError::Io { path: path.to_owned(), action: "open the image file", source: errno.into() },
     })?;
     let file = File::from(fd);
     let size = file_size(&file, path)?;

@@ -12,6 +12,7 @@ pub mod frozen_copy;
 pub mod hook;
 pub mod inject;
 pub mod inotify;
+pub mod interruption;
 pub mod local_socket;
 pub mod memory;
 pub mod namespace;
@@ -26,4 +27,5 @@ pub mod userfault;
 
 pub use libc;
 pub use nix::errno::Errno;
+pub use nix::sys::signal::Signal;
 pub use nix::unistd::Pid;

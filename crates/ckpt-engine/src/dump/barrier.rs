@@ -16,6 +16,7 @@ use super::control_word::{ControlWord, ControlWords};
 use super::hooks;
 use crate::error::{DumpError, Refusals};
 use crate::model::Job;
+use crate::model::file::{info_value, infos};
 use crate::model::process::{children, read_proc};
 use ckpt_abi::interceptor::{Control, GATE_CLOSED, GATE_OPEN};
 use ckpt_sys::Pid;
@@ -58,14 +59,18 @@ pub struct Late {
     pub for_ns: u64,
 }
 
+impl Late {
+    /// Who, and what it is.
+    pub fn subject(&self) -> String {
+        let thread = if self.tid == self.pid { String::new() } else { format!(" thread {}", self.tid) };
+        format!("pid {}{thread} ({}): {}", self.pid, self.program, self.what)
+    }
+}
+
 impl fmt::Display for Late {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pid {}", self.pid)?;
-        if self.tid != self.pid {
-            write!(f, " thread {}", self.tid)?;
-        }
         let seconds = self.for_ns as f64 / 1e9;
-        write!(f, " ({}): {} has been under way for {seconds:.1} s", self.program, self.what)
+        write!(f, "{} has been under way for {seconds:.1} s", self.subject())
     }
 }
 
@@ -146,7 +151,7 @@ fn lends_memory(member: &Member<'_>) -> Vec<Pending> {
 /// A critical section of the application. Unlike the others it is not taken as it is when the time is up: see
 /// [`Barrier::refuse_sections`].
 fn critical_section(member: &Member<'_>) -> Vec<Pending> {
-    let name = member.word.and_then(|word| hooks::critical_section(word, || inner(member.host)));
+    let name = member.word.and_then(|word| hooks::critical_section(word, member.host, || inner(member.host)));
     name.into_iter()
         .map(|name| Pending {
             task: member.host,
@@ -157,23 +162,13 @@ fn critical_section(member: &Member<'_>) -> Vec<Pending> {
 
 /// Descriptors that were sent to a socket and not received yet (unix(7), SCM_RIGHTS; `scm_fds` in fdinfo).
 fn descriptors_on_their_way(member: &Member<'_>) -> Vec<Pending> {
-    let host = member.host;
-    let numbers = std::fs::read_dir(format!("/proc/{host}/fd")).into_iter().flatten().flatten();
-    let sockets = numbers.filter(|fd| {
-        std::fs::read_link(fd.path())
-            .is_ok_and(|to| to.as_os_str().as_encoded_bytes().starts_with(b"socket:"))
-    });
-    let on_their_way = |number: &str| {
-        let text = read_proc(format!("/proc/{host}/fdinfo/{number}")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        let count = text.lines().find_map(|l| l.strip_prefix("scm_fds:")?.trim().parse::<u64>().ok());
-        count.is_some_and(|n| n > 0)
-    };
-    sockets
-        .filter_map(|fd| fd.file_name().into_string().ok())
-        .filter(|number| on_their_way(number))
-        .map(|number| Pending {
-            task: host,
+    let on_their_way =
+        |info: &str| info_value(info, "scm_fds").and_then(|n| n.parse::<u64>().ok()).is_some_and(|n| n > 0);
+    infos(member.host, |target| target.starts_with(b"socket:"))
+        .into_iter()
+        .filter(|(_, info)| on_their_way(info))
+        .map(|(number, _)| Pending {
+            task: member.host,
             what: format!("the receiving of descriptors (SCM_RIGHTS) at unix socket fd {number}"),
         })
         .collect()
@@ -188,11 +183,19 @@ pub(crate) fn inner(task: Pid) -> i32 {
 }
 
 /// The id of a task's process, as ckpt sees it.
-fn process_of(task: Pid) -> Pid {
+pub(super) fn process_of(task: Pid) -> Pid {
     let text = read_proc(format!("/proc/{task}/status")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
     let id = text.lines().find_map(|l| l.strip_prefix("Tgid:")?.trim().parse().ok());
     id.map_or(task, Pid::from_raw)
+}
+
+/// What a dump would wait for now. Nobody has watched it.
+pub fn under_way(job: &Job) -> Vec<Late> {
+    let mut barrier = Barrier::new(job, BarrierPolicy { timeout: Duration::ZERO, strict: false });
+    let members = barrier.members();
+    let pending = barrier.pending(&members);
+    pending.iter().map(|p| barrier.late(p)).filter(|l| l.pid != 0).collect()
 }
 
 /// The barrier of one dump.
@@ -235,7 +238,7 @@ impl Barrier {
     /// Waits until nothing is under way, or the time is up. The time is the same for all calls of it.
     ///
     /// # Errors
-    /// [`DumpError::Late`] if the time is up and the policy is strict.
+    /// [`DumpError::Late`] if the time is up and the policy is strict; [`DumpError::Interrupted`].
     pub fn wait(&mut self) -> Result<(), DumpError> {
         let started = Instant::now();
         let until = *self.until.get_or_insert(started + self.policy.timeout);
@@ -245,6 +248,7 @@ impl Barrier {
         }
         self.attempts += 1;
         let late = loop {
+            DumpError::if_interrupted()?;
             let members = self.members();
             for (host, _) in &members {
                 if self.policy.timeout.is_zero() {
@@ -289,13 +293,19 @@ impl Barrier {
     }
 
     /// Looks whether a process of a job that stands still is in a critical section, as one may be that passed the gate just before
-    /// that was closed.
+    /// that was closed, and forgets those that ended with their threads.
     ///
     /// # Errors
     /// [`DumpError::Refused`] with them, as passing.
     pub fn refuse_sections(&mut self, job: &Job) -> Result<(), DumpError> {
         let passing = |r: &mut Refusals, pid, what, advice| r.passing(pid, None, what, advice);
-        self.refuse(job.live().map(|p| (p.host, p.pid)).collect(), passing)
+        self.refuse(job.live().map(|p| (p.host, p.pid)).collect(), passing)?;
+        for p in job.live() {
+            if let Some(word) = self.words.get(p.host) {
+                hooks::forget_sections(word);
+            }
+        }
+        Ok(())
     }
 
     fn refuse(
@@ -305,7 +315,7 @@ impl Barrier {
     ) -> Result<(), DumpError> {
         let mut refusals = Refusals::default();
         for (host, pid) in processes {
-            let name = self.words.get(host).and_then(|word| hooks::critical_section(word, || pid));
+            let name = self.words.get(host).and_then(|word| hooks::critical_section(word, host, || pid));
             if let Some(name) = name {
                 let (what, advice) = hooks::refusal_of_section(&name);
                 add(&mut refusals, pid, what, advice);

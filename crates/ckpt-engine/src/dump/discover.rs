@@ -19,18 +19,18 @@ pub struct Discovered {
     pub memory_bytes: u64,
 }
 
-/// Observes the job and asks every kind. If somebody `waits` for it, what will soon be over does not count.
+/// Observes the job and asks every kind. What will soon be over does not count: a barrier waits for it.
 ///
 /// # Errors
 /// [`DumpError::Refused`] with everything that stands in the way.
-pub fn discover(info: &JobInfo, waits: bool) -> Result<Discovered, DumpError> {
+pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
     // Processes come and go while they are looked at: only what is refused, or fails, twice in a row counts.
     let mut before = None;
     let mut job = loop {
         let mut refusals = Refusals::default();
         let found = Job::observe(info, None, false, &mut refusals).and_then(|mut job| {
             match examine(&mut job, refusals) {
-                Err(DumpError::Refused(r)) if waits && r.all_passing() => Ok(job),
+                Err(DumpError::Refused(r)) => r.lasting().check().map(|()| job),
                 examined => examined.map(|()| job),
             }
         });

@@ -5,7 +5,7 @@
 
 use super::dumpable::MadeDumpable;
 use super::phases::Phases;
-use super::{discover, short_write};
+use super::{barrier, discover, short_write};
 use crate::error::{DumpError, Refusals};
 use crate::model::Job;
 use crate::model::process::{Frozen, Task, children};
@@ -355,16 +355,25 @@ fn refuse_dispatching(job: &Job, refusals: &mut Refusals) -> Result<BTreeSet<i32
 }
 
 fn not_stopped(tid: Pid) -> DumpError {
-    let state = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
-    let nspid = std::fs::read_to_string(format!("/proc/{tid}/status")).ok().and_then(|t| {
-        t.lines().find_map(|l| l.strip_prefix("NSpid:")?.split_whitespace().last()?.parse().ok())
+    let lent = children(tid.as_raw()).into_iter().map(Pid::from_raw).find(|child| {
+        ckpt_sys::task::kcmp(tid, *child, ckpt_sys::task::Shared::Memory) == Ok(std::cmp::Ordering::Equal)
     });
-    let reason = format!(
-        "did not stop within {} s (in the kernel: {state}); a vfork whose child neither execs nor exits, or a file \
-         system that does not answer. Dump again when it is over",
-        STOP_LIMIT.as_secs()
-    );
-    DumpError::NotStopped { pid: nspid.unwrap_or(tid.as_raw()), reason }
+    let why = match lent {
+        Some(child) => format!(
+            "it waits for its vfork's child, pid {}, which neither executes a program nor exits. End that, or dump again \
+             when it has done so",
+            barrier::inner(child)
+        ),
+        None => {
+            let state = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
+            format!(
+                "it is in the kernel ({state}), which may wait for a file system that does not answer. Dump again when it \
+                 is over"
+            )
+        }
+    };
+    let reason = format!("did not stop within {} s: {why}", STOP_LIMIT.as_secs());
+    DumpError::NotStopped { pid: barrier::inner(barrier::process_of(tid)), reason }
 }
 
 /// Reads what only a stopped task shows.

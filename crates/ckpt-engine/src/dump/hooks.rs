@@ -15,8 +15,8 @@ use super::freeze;
 use crate::error::{DumpError, Refusals};
 use crate::model::process::{children, read_proc};
 use ckpt_abi::hooks::{
-    ANSWER_DUMPED, ANSWER_FAILED, HOOKS_OFFSET, Hooks, Phase, SECTION_BYTES, VETOED, answer, phase, request,
-    sequence, unanswered,
+    ANSWER_DUMPED, ANSWER_FAILED, HOOKS_OFFSET, Hooks, MOST_SECTIONS, Phase, SECTION_BYTES, VETOED, answer,
+    phase, request, sequence, unanswered,
 };
 use ckpt_abi::interceptor::{Control, IN_FLIGHT_CRITICAL};
 use ckpt_sys::ptrace::{self, Stop};
@@ -179,7 +179,7 @@ impl Cooperation {
     ///
     /// # Errors
     /// [`DumpError::Refused`] if an `on_dump` asks for no dump to be made; [`DumpError::Late`] if the time is up and the policy
-    /// strict.
+    /// strict; [`DumpError::Interrupted`].
     pub fn begin(init: i32, policy: BarrierPolicy) -> Result<Cooperation, DumpError> {
         let mut this = Cooperation { policy, members: members(init), late: Vec::new(), over: false };
         this.ask()?;
@@ -219,6 +219,7 @@ impl Cooperation {
             ckpt_sys::hook::point();
         }
         loop {
+            DumpError::if_interrupted()?;
             waited_for.retain(|n| !self.members[*n].has_answered());
             if waited_for.is_empty() || started.elapsed() >= limit {
                 break;
@@ -320,9 +321,9 @@ impl Drop for Cooperation {
     }
 }
 
-/// Whether a process of the job has registered hooks.
-pub fn are_registered(init: i32) -> bool {
-    members(init).iter().any(|m| m.thread.is_some())
+/// The processes of the job that have registered hooks, as they see themselves.
+pub fn registered(init: i32) -> Vec<i32> {
+    members(init).iter().filter(|m| m.thread.is_some()).map(|m| m.pid).collect()
 }
 
 /// The processes of a job that wait for a dump that they have asked for.
@@ -352,18 +353,53 @@ impl Asking {
 }
 
 /// The critical section that a process has begun last, by its name, which may be empty. `None` if it is in none. That one may have
-/// ended, with another thread's going on. `pid` is that which it sees itself.
-pub fn critical_section(word: &ControlWord, pid: impl FnOnce() -> i32) -> Option<String> {
-    let counter = offset_of!(Control, in_flight) + 4 * IN_FLIGHT_CRITICAL;
-    if word.read_u32(counter).ok()? == 0
+/// ended, with another thread's going on. `pid` is that which it sees itself. Sure only if it stands still: of a running process a thread
+/// may be overlooked.
+pub fn critical_section(word: &ControlWord, host: Pid, pid: impl FnOnce() -> i32) -> Option<String> {
+    let counted = word.read_u32(offset_of!(Control, in_flight) + 4 * IN_FLIGHT_CRITICAL).ok()? != 0;
+    let threads: Vec<i32> = places(word)?.into_iter().filter(|tid| *tid != 0).collect();
+    if !counted && threads.is_empty()
         || word.read_u32(at(offset_of!(Hooks, owner))).ok()? != u32::try_from(pid()).ok()?
     {
+        return None;
+    }
+    if !counted && !living_threads(host).iter().any(|tid| threads.contains(tid)) {
         return None;
     }
     let mut name = [0; SECTION_BYTES];
     word.read(at(offset_of!(Hooks, section)), &mut name).ok()?;
     let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
     Some(String::from_utf8_lossy(name).chars().filter(|c| !c.is_control()).collect())
+}
+
+/// Makes the places free of threads that have ended in critical sections. `word` is that of a process which stands still and is in none.
+pub fn forget_sections(word: &ControlWord) {
+    for (n, _) in places(word).iter().flatten().enumerate().filter(|(_, tid)| **tid != 0) {
+        let _ = word.write(offset_of!(Control, sections) + 4 * n, &[0; 4]);
+    }
+}
+
+/// Threads in critical sections; 0 for a free place.
+fn places(word: &ControlWord) -> Option<Vec<i32>> {
+    let mut bytes = [0; 4 * MOST_SECTIONS];
+    word.read(offset_of!(Control, sections), &mut bytes).ok()?;
+    Some(bytes.as_chunks::<4>().0.iter().map(|tid| i32::from_le_bytes(*tid)).collect())
+}
+
+/// The threads of a process that have not ended, as they see themselves.
+fn living_threads(host: Pid) -> Vec<i32> {
+    let tasks = std::fs::read_dir(format!("/proc/{host}/task")).into_iter().flatten().flatten();
+    tasks.filter_map(|t| living(&read_proc(t.path().join("status")).ok()?)).collect()
+}
+
+/// The innermost id in a thread's status, unless it has ended: a main thread that has stays until all have.
+fn living(status: &[u8]) -> Option<i32> {
+    let text = String::from_utf8_lossy(status);
+    let value = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)).map(str::trim);
+    if value("State:")?.starts_with(['Z', 'X']) {
+        return None;
+    }
+    value("NSpid:")?.split_whitespace().last()?.parse().ok()
 }
 
 /// Why a process is not dumped that is in a critical section: what, and what to do.

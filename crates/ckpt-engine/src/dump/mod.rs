@@ -102,12 +102,13 @@ impl DumpReport {
     }
 }
 
-/// Checks whether the job could be dumped, without stopping it: now, or after a barrier has waited for what will soon be over.
+/// Checks whether the job could be dumped, without stopping it, now or when a barrier has waited for what will soon be over
+/// ([`barrier::under_way`]).
 ///
 /// # Errors
 /// [`DumpError::Refused`] with all that stands in the way.
-pub fn check(info: &JobInfo, waits: bool) -> Result<discover::Discovered, DumpError> {
-    discover::discover(info, waits)
+pub fn check(info: &JobInfo) -> Result<discover::Discovered, DumpError> {
+    discover::discover(info)
 }
 
 /// Dumps the job into `request.dir`. The caller publishes the directory, or removes it after an error.
@@ -133,7 +134,7 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let mut phases = Phases::default();
     let mut cooperation = hooks::Cooperation::begin(info.init, barrier)?;
     phases.end("hooks");
-    let mut found = discover::discover(&info, true)?;
+    let mut found = discover::discover(&info)?;
     let prepared = engine.prepare(&found.job, stop)?;
     found.check_room(prepared.as_ref(), compression, free_bytes, dir)?;
     // The image's directory must be writable before anything is disturbed.

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Pace: writes no faster than allowed, for people who share a disk.
+//! Pace: writes no faster than allowed, for people who share a disk, and no longer than until a signal ends the dump.
 
 use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
+
+/// How often a waiter looks for signals.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// An average rate that is not exceeded.
 #[derive(Debug)]
@@ -22,10 +25,12 @@ impl Pace {
         self.bytes_per_second.is_some()
     }
 
-    /// Waits until `bytes` in all may have been written.
+    /// Waits until `bytes` in all may have been written, or a signal has been noted.
     pub fn wait(&self, bytes: u64) {
-        if let Some(limit) = self.bytes_per_second {
-            std::thread::sleep(due(bytes, limit).saturating_sub(self.started.elapsed()));
+        let Some(limit) = self.bytes_per_second else { return };
+        let left = || due(bytes, limit).saturating_sub(self.started.elapsed());
+        while !left().is_zero() && ckpt_sys::interruption::noted().is_none() {
+            std::thread::sleep(left().min(LOOK));
         }
     }
 }

@@ -80,6 +80,7 @@ pub fn write(
     let account = snapshot.finish()?;
     contents?;
     pace.wait(writer.bytes_written());
+    DumpError::if_interrupted()?;
     ckpt_sys::hook::point();
     Ok((writer.finish()?, account))
 }

@@ -4,6 +4,7 @@
 
 use crate::error::DumpError;
 use crate::kind::Kind;
+use crate::model::process::read_proc;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::{Pid, libc};
 use std::os::fd::{AsFd, OwnedFd};
@@ -191,6 +192,20 @@ pub fn descriptors(host: Pid) -> Result<Vec<(i32, Seen)>, DumpError> {
     }
     out.sort_by_key(|(n, _)| *n);
     Ok(out)
+}
+
+/// The descriptors of a process whose links `wanted` accepts, with their fdinfo. The process runs: those that are gone by then are
+/// left out.
+pub fn infos(host: Pid, wanted: impl Fn(&[u8]) -> bool) -> Vec<(i32, String)> {
+    let numbers = std::fs::read_dir(format!("/proc/{host}/fd")).into_iter().flatten().flatten();
+    let leads = |path: &Path| std::fs::read_link(path).is_ok_and(|to| wanted(to.as_os_str().as_bytes()));
+    let chosen = numbers.filter(|fd| leads(&fd.path()));
+    let number = |fd: std::fs::DirEntry| fd.file_name().to_str()?.parse::<i32>().ok();
+    let info = |n: i32| {
+        let text = read_proc(format!("/proc/{host}/fdinfo/{n}")).ok()?;
+        Some((n, String::from_utf8_lossy(&text).into_owned()))
+    };
+    chosen.filter_map(number).filter_map(info).collect()
 }
 
 fn see(host: Pid, number: i32, path: &Path) -> Option<Seen> {

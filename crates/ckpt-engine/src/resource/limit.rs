@@ -2,11 +2,14 @@
 //! Resource limits (getrlimit(2)).
 
 use super::{At, Collect, Resource, decode, nothing_to_do};
-use crate::error::{DumpError, RestoreError};
+use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
+use crate::model::Job;
+use crate::model::process::Process;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
+use ckpt_sys::inject::SCRATCH_BYTES;
 use ckpt_sys::{Errno, Pid};
 
 /// Version of [`LimitRecord`].
@@ -31,6 +34,15 @@ const NAMES: [&str; COUNT] = [
     "RLIMIT_RTPRIO",
     "RLIMIT_RTTIME",
 ];
+
+const DATA: usize = 2;
+const AS: usize = 9;
+
+/// Bytes of private memory that a dump maps in a process for a moment.
+fn room(p: &Process) -> u64 {
+    // The code that makes a process dumpable has pages of its own.
+    if p.closed { 2 * SCRATCH_BYTES } else { SCRATCH_BYTES }
+}
 
 /// Limits of a process by number: soft, hard; u64::MAX for none.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -73,7 +85,7 @@ fn parse(text: &str) -> Option<[(u64, u64); COUNT]> {
 }
 
 impl Resource for LimitResource {
-    nothing_to_do! { claims, asks, probe, content, create, connect, arm }
+    nothing_to_do! { claims, asks, content, create, connect, arm }
 
     fn kind(&self) -> Kind {
         Kind::Limit
@@ -82,6 +94,29 @@ impl Resource for LimitResource {
     fn after(&self) -> &'static [Kind] {
         // A low limit of descriptors or memory must not hinder the rebuilding.
         &[Kind::FdTable, Kind::MemoryMap, Kind::FileLock, Kind::Epoll]
+    }
+
+    fn probe(&self, job: &Job, refusals: &mut Refusals) {
+        for p in job.live() {
+            for (option, n, kib) in [("as", AS, p.status.vmsize), ("data", DATA, p.status.vmdata)] {
+                // Not from /proc, where it takes long to make the text: the job may stand still.
+                let Ok((soft, hard)) = ckpt_sys::task::limit(p.host, n as u32) else { continue };
+                let used = kib.unwrap_or(0) << 10;
+                let needed = used.saturating_add(room(p));
+                if needed > soft {
+                    let what = format!(
+                        "it uses {used} of the {soft} bytes that its {} allows, and a dump needs {} bytes in it for a moment",
+                        NAMES[n],
+                        room(p)
+                    );
+                    // With a colon the hard limit stays.
+                    let keep = if needed > hard { "" } else { ":" };
+                    let advice =
+                        format!("raise the limit: prlimit --pid {} --{option}={needed}{keep}", p.host);
+                    refusals.process(p.pid, what, advice);
+                }
+            }
+        }
     }
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {

@@ -267,7 +267,7 @@ impl Content<'_> {
                 stored.add(source, offset);
                 progress(bytes);
                 pace.wait(writer.bytes_written());
-                Ok(())
+                DumpError::if_interrupted()
             })?;
             for s in self.same.get(index).into_iter().flatten() {
                 self.writer.same(object, s.offset, s.bytes, s.parent_object)?;

@@ -217,7 +217,7 @@ impl Resource for SavedFileResource {
                 let (_, bytes) = put(writer, kept.object, ZeroPages::Elide, piece)?;
                 progress(bytes);
                 pace.wait(writer.bytes_written());
-                Ok(())
+                DumpError::if_interrupted()
             })?;
         }
         Ok(())

@@ -159,6 +159,64 @@ pub fn resume_restored(r: &Registers, quiet: bool) -> Registers {
     }
 }
 
+/// Makes the call of the entry at rbx: number and six arguments; the result goes behind them.
+macro_rules! call_entry {
+    () => {
+        "mov rax, [rbx]
+        mov rdi, [rbx + 8]
+        mov rsi, [rbx + 16]
+        mov rdx, [rbx + 24]
+        mov r10, [rbx + 32]
+        mov r8, [rbx + 40]
+        mov r9, [rbx + 48]
+        syscall
+        mov [rbx + 56], rax"
+    };
+}
+
+/// Clones a helper, which goes on at 4; the task waits for it (wait4(2), __WALL) and goes on where the first word at `$data` says.
+macro_rules! clone_helper {
+    ($data:literal) => {
+        concat!(
+            "syscall
+            test rax, rax
+            js 3f
+            jz 4f
+            mov rdi, rax
+            xor esi, esi
+            mov edx, 0x40000000
+            xor r10d, r10d
+            mov eax, 61
+            syscall
+            3: jmp qword ptr [rip + ",
+            $data,
+            "]"
+        )
+    };
+}
+
+/// Leaves the table of descriptors for an empty one (close_range(2), CLOSE_RANGE_UNSHARE).
+macro_rules! leave_descriptors {
+    () => {
+        "xor edi, edi
+        mov esi, 0xffffffff
+        mov edx, 2
+        mov eax, 436
+        syscall"
+    };
+}
+
+/// Exits with the errno in rax, 0 if it is none.
+macro_rules! exit_with_errno {
+    () => {
+        "xor edi, edi
+        neg rax
+        cmovns edi, eax
+        mov eax, 60
+        syscall"
+    };
+}
+
 // The loop of a blank task. rbx: next entry {nr, six arguments, result, three addresses that get the result too}, r13:
 // how many are left. Ends with int3.
 global_asm!(
@@ -168,15 +226,7 @@ global_asm!(
     "ckpt_blank_start:",
     "test r13, r13",
     "jz 2f",
-    "mov rax, [rbx]",
-    "mov rdi, [rbx + 8]",
-    "mov rsi, [rbx + 16]",
-    "mov rdx, [rbx + 24]",
-    "mov r10, [rbx + 32]",
-    "mov r8, [rbx + 40]",
-    "mov r9, [rbx + 48]",
-    "syscall",
-    "mov [rbx + 56], rax",
+    call_entry!(),
     "mov rcx, [rbx + 64]",
     "mov [rcx], rax",
     "mov rcx, [rbx + 72]",
@@ -210,15 +260,7 @@ global_asm!(
     "ckpt_live_start:",
     "test r13, r13",
     "jz 2f",
-    "mov rax, [rbx]",
-    "mov rdi, [rbx + 8]",
-    "mov rsi, [rbx + 16]",
-    "mov rdx, [rbx + 24]",
-    "mov r10, [rbx + 32]",
-    "mov r8, [rbx + 40]",
-    "mov r9, [rbx + 48]",
-    "syscall",
-    "mov [rbx + 56], rax",
+    call_entry!(),
     "add rbx, 64",
     "dec r13",
     "jmp ckpt_live_start",
@@ -322,24 +364,10 @@ global_asm!(
     ".globl ckpt_fork_end",
     ".balign 8",
     "ckpt_fork_start:",
-    "syscall",
-    "test rax, rax",
-    "js 3f",
-    "jz 4f",
-    "mov rdi, rax",
-    "xor esi, esi",
-    "mov edx, 0x40000000",
-    "xor r10d, r10d",
-    "mov eax, 61",
-    "syscall",
-    "3: jmp qword ptr [rip + ckpt_fork_data]",
+    clone_helper!("ckpt_fork_data"),
     "4: mov eax, 112",
     "syscall",
-    "xor edi, edi",
-    "mov esi, 0xffffffff",
-    "mov edx, 2",
-    "mov eax, 436",
-    "syscall",
+    leave_descriptors!(),
     "mov edi, 15",
     "lea rsi, [rip + ckpt_fork_data + 8]",
     "mov eax, 157",
@@ -353,11 +381,7 @@ global_asm!(
     "syscall",
     "test rax, rax",
     "jz 5f",
-    "xor edi, edi",
-    "neg rax",
-    "cmovns edi, eax",
-    "mov eax, 60",
-    "syscall",
+    exit_with_errno!(),
     "5: xor edi, edi",
     "mov eax, 231",
     "syscall",
@@ -380,22 +404,9 @@ global_asm!(
     ".globl ckpt_helper_end",
     ".balign 8",
     "ckpt_helper_start:",
-    "syscall",
-    "test rax, rax",
-    "js 3f",
-    "jz 4f",
-    "mov rdi, rax",
-    "xor esi, esi",
-    "mov edx, 0x40000000",
-    "xor r10d, r10d",
-    "mov eax, 61",
-    "syscall",
-    "3: jmp qword ptr [rip + ckpt_helper_data]",
-    "4: xor edi, edi",
-    "mov esi, 0xffffffff",
-    "mov edx, 2",
-    "mov eax, 436",
-    "syscall",
+    clone_helper!("ckpt_helper_data"),
+    "4:",
+    leave_descriptors!(),
     "test rax, rax",
     "js 5f",
     "mov rax, [rip + ckpt_helper_data + 8]",
@@ -410,11 +421,8 @@ global_asm!(
     "mov rsi, [rip + ckpt_helper_data + 48]",
     "mov rdx, [rip + ckpt_helper_data + 56]",
     "syscall",
-    "5: xor edi, edi",
-    "neg rax",
-    "cmovns edi, eax",
-    "mov eax, 60",
-    "syscall",
+    "5:",
+    exit_with_errno!(),
     ".balign 8",
     "ckpt_helper_data:",
     ".fill 8, 8, 0",

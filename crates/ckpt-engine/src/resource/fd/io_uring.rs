@@ -6,8 +6,7 @@
 //! never. One that completes many times makes a ring look idle, which is refused at once; one that never does makes it be waited for in vain.
 
 use crate::dump::barrier::{Member, Pending};
-use crate::model::file::info_value;
-use crate::model::process::read_proc;
+use crate::model::file::{info_value, infos};
 
 /// What /proc/pid/fd leads to.
 pub const TARGET: &str = "anon_inode:[io_uring]";
@@ -64,15 +63,14 @@ pub fn words(info: &str) -> String {
 
 /// Rings with something in flight, for the barrier.
 pub fn pending(member: &Member<'_>) -> Vec<Pending> {
-    let host = member.host;
-    let numbers = std::fs::read_dir(format!("/proc/{host}/fd")).into_iter().flatten().flatten();
-    let rings = numbers.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == TARGET));
-    let busy = rings.filter_map(|fd| {
-        let number = fd.file_name().into_string().ok()?;
-        let info = read_proc(format!("/proc/{host}/fdinfo/{number}")).ok()?;
-        is_busy(&String::from_utf8_lossy(&info)).then_some(number)
-    });
-    busy.map(|number| Pending { task: host, what: format!("asynchronous I/O of io_uring fd {number}") })
+    let rings = infos(member.host, |target| target == TARGET.as_bytes());
+    rings
+        .into_iter()
+        .filter(|(_, info)| is_busy(info))
+        .map(|(number, _)| Pending {
+            task: member.host,
+            what: format!("asynchronous I/O of io_uring fd {number}, which has to be closed then,"),
+        })
         .collect()
 }
 
