@@ -277,6 +277,27 @@ fn doubtful_tracking_makes_a_full_checkpoint() {
     });
 }
 
+/// Memory of which so much is there that it is looked at in pieces, and so much changes that it is copied in pieces, by two threads.
+#[test]
+fn large_memory_is_right_at_the_borders_of_pieces() {
+    each_user("incremental-spread", Users::Both, |sandbox| {
+        with_ready_job(&Guest::new("mem_spread"), sandbox, |job, nonce| {
+            dump_and_compare(job, sandbox, &[])?;
+            for number in 1..=3 {
+                step(sandbox, number)?;
+                let said = dump_and_compare(job, sandbox, &[])?;
+                let copied = has_module() || (3 << 20..32 << 20).contains(&count(&said, "held_bytes"));
+                if parent(&said).is_none() || !copied {
+                    return Err(Failure(format!("step {number} was not copied in the freeze: {said}")));
+                }
+            }
+            job.kill()?;
+            restore(job)?;
+            finish(sandbox, nonce)
+        })
+    });
+}
+
 /// The image of a job that hardly changes holds hardly anything, though the chain holds all.
 #[test]
 fn little_is_stored_when_little_has_changed() {

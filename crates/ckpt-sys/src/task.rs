@@ -267,8 +267,65 @@ impl Drop for Beside {
     }
 }
 
+/// Leaves the CPU to whoever waits for it, and goes on on another one where there is one: a task that has just been let go
+/// waits where it was woken, on the CPU of its waker, also while another CPU is idle.
+pub fn make_way() {
+    let here = Pid::from_raw(0);
+    let moved = affinity(here).and_then(|allowed| {
+        set_affinity(here, &without(&allowed, this_cpu()).ok_or(Errno::EINVAL)?)?;
+        set_affinity(here, &allowed)
+    });
+    if moved.is_err() {
+        std::thread::yield_now();
+    }
+}
+
+/// Keeps another thread of this process off the CPU that this one runs on, where it has others: it is woken elsewhere then.
+pub fn keep_off(thread: Pid) {
+    if let Some(others) = affinity(Pid::from_raw(0)).ok().and_then(|allowed| without(&allowed, this_cpu())) {
+        let _ = set_affinity(thread, &others);
+    }
+}
+
+/// The calling thread.
+pub fn this() -> Pid {
+    nix::unistd::gettid()
+}
+
+fn this_cpu() -> usize {
+    // SAFETY: no arguments.
+    usize::try_from(unsafe { libc::sched_getcpu() }).unwrap_or(usize::MAX)
+}
+
+/// A set of CPUs without one; `None` if it has no other.
+fn without(cpus: &[u8], cpu: usize) -> Option<Vec<u8>> {
+    let mut others = cpus.to_vec();
+    *others.get_mut(cpu / 8)? &= !(1 << (cpu % 8));
+    others.iter().any(|bits| *bits != 0).then_some(others)
+}
+
 /// SIGKILL to this process itself: the end of the road in tests that kill ckpt at chosen points.
 pub fn kill_self() -> ! {
     let _ = nix::sys::signal::kill(Pid::this(), nix::sys::signal::Signal::SIGKILL);
     std::process::abort()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_makes_way_may_come_back() {
+        let before = affinity(Pid::from_raw(0)).unwrap();
+        make_way();
+        assert_eq!(affinity(Pid::from_raw(0)).unwrap(), before);
+    }
+
+    #[test]
+    fn one_cpu_alone_has_no_others() {
+        assert_eq!(without(&[0b11, 0b1], 8), Some(vec![0b11, 0]));
+        assert_eq!(without(&[0b11, 0], 1), Some(vec![0b1, 0]));
+        assert_eq!(without(&[0, 0b1], 8), None);
+        assert_eq!(without(&[0b1], 8), None);
+    }
 }

@@ -8,7 +8,7 @@ use super::phases::Phases;
 use super::{barrier, discover, short_write};
 use crate::error::{DumpError, Refusals};
 use crate::model::Job;
-use crate::model::process::{Frozen, Task, children};
+use crate::model::process::{Frozen, Task, children, threads_and_children};
 use ckpt_sys::arch;
 use ckpt_sys::inject::Padding;
 use ckpt_sys::ptrace::{self, Stop};
@@ -41,10 +41,9 @@ fn all_tasks(init: i32) -> Vec<Pid> {
     let mut out = Vec::new();
     let mut pending = children(init);
     while let Some(p) = pending.pop() {
-        let Ok(dir) = std::fs::read_dir(format!("/proc/{p}/task")) else { continue };
-        let tids = dir.flatten().filter_map(|t| t.file_name().to_str()?.parse::<i32>().ok());
-        out.extend(tids.map(Pid::from_raw));
-        pending.extend(children(p));
+        let (threads, children) = threads_and_children(p);
+        out.extend(threads.into_iter().map(Pid::from_raw));
+        pending.extend(children);
     }
     out
 }

@@ -291,6 +291,10 @@ fn still(
     let frozen = if how.stop { Some(frozen) } else { frozen.resume().map(|()| None)? };
     let pause = started.elapsed();
     phases.end("resume");
+    if frozen.is_none() {
+        // What comes now keeps a processor busy.
+        ckpt_sys::task::make_way();
+    }
     let sound = crate::resource::memory_map::confirm(&mut collected, snapshot.as_mut())?;
     Ok(sound.then_some(Taken { collected, snapshot, pause, processes, threads, warnings, frozen, flush }))
 }

@@ -5,7 +5,7 @@
 
 use crate::model::file::info_value;
 use crate::model::memory::vdso_of;
-use crate::model::process::own_vdso;
+use crate::model::process::{padding_behind, read_proc_text};
 use ckpt_sys::arch::{self, PartialWrite, Registers, WRITE_BLOCK_BYTES};
 use ckpt_sys::inject::Padding;
 use ckpt_sys::memory::{self, Forced};
@@ -65,7 +65,7 @@ fn places(padding: &Padding) -> Vec<u64> {
 fn blocks(tid: Pid, fd: u64) -> bool {
     let link = std::fs::read_link(format!("/proc/{tid}/fd/{fd}")).unwrap_or_default();
     let link = link.to_string_lossy();
-    let info = std::fs::read_to_string(format!("/proc/{tid}/fdinfo/{fd}")).unwrap_or_default();
+    let info = read_proc_text(format!("/proc/{tid}/fdinfo/{fd}")).unwrap_or_default();
     let flags =
         info_value(&info, "flags").and_then(|f| i32::from_str_radix(f, 8).ok()).unwrap_or(libc::O_NONBLOCK);
     let fifo = || {
@@ -76,7 +76,5 @@ fn blocks(tid: Pid, fd: u64) -> bool {
 }
 
 fn padding_of(tid: Pid) -> Option<Padding> {
-    let vdso = vdso_of(tid.as_raw())?;
-    let own = own_vdso(vdso.end - vdso.start);
-    Padding::find(own, vdso).ok().filter(|p| p.start < p.end)
+    padding_behind(vdso_of(tid.as_raw())?)
 }

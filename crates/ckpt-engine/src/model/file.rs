@@ -2,6 +2,7 @@
 //! Descriptors and the open file descriptions behind them, from /proc/pid/fd and /proc/pid/fdinfo
 //! (proc_pid_fdinfo(5)).
 
+use super::process::read_proc_text;
 use crate::error::DumpError;
 use crate::kind::Kind;
 use crate::model::process::read_proc;
@@ -11,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// One slot of a descriptor table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,11 +113,16 @@ pub struct OpenFile {
     pub seen: Seen,
     /// The kind that owns it.
     pub kind: Option<Kind>,
+    last: LastOwner,
 }
 
+/// The process whose descriptors were taken last, of all files of a job: the next one is mostly of the same.
+#[derive(Debug, Clone, Default)]
+pub struct LastOwner(Arc<Mutex<Option<(Pid, OwnedFd)>>>);
+
 impl OpenFile {
-    pub(super) fn new(id: u64, pid: i32, host: Pid, fd: i32, seen: Seen) -> OpenFile {
-        OpenFile { id, pid, host, fd, holders: Vec::new(), seen, kind: None }
+    pub(super) fn new(id: u64, pid: i32, (host, fd): (Pid, i32), seen: Seen, last: LastOwner) -> OpenFile {
+        OpenFile { id, pid, host, fd, holders: Vec::new(), seen, kind: None, last }
     }
 
     /// For a file whose name has been removed and that has another: one in the same directory, if there is one.
@@ -156,7 +163,12 @@ impl OpenFile {
     /// If the owner is gone or closed it.
     pub fn steal(&self) -> Result<OwnedFd, DumpError> {
         let err = |what| DumpError::fd(self.pid, self.fd, what);
-        let pidfd = ckpt_sys::task::pidfd_open(self.host).map_err(err("pidfd_open"))?;
+        let mut last = self.last.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let owner = match last.take().filter(|(host, _)| *host == self.host) {
+            Some(owner) => owner,
+            None => (self.host, ckpt_sys::task::pidfd_open(self.host).map_err(err("pidfd_open"))?),
+        };
+        let (_, pidfd) = last.insert(owner);
         ckpt_sys::task::pidfd_getfd(pidfd.as_fd(), self.fd).map_err(err("pidfd_getfd"))
     }
 
@@ -211,7 +223,7 @@ pub fn infos(host: Pid, wanted: impl Fn(&[u8]) -> bool) -> Vec<(i32, String)> {
 fn see(host: Pid, number: i32, path: &Path) -> Option<Seen> {
     let link = std::fs::read_link(path).ok()?.as_os_str().as_bytes().to_vec();
     let stat = FileStat::of(&std::fs::metadata(path).ok()?);
-    let info = std::fs::read_to_string(format!("/proc/{host}/fdinfo/{number}")).ok()?;
+    let info = read_proc_text(format!("/proc/{host}/fdinfo/{number}")).ok()?;
     let flags = info_value(&info, "flags").and_then(|s| i32::from_str_radix(s, 8).ok())?;
     let position = info_value(&info, "pos").and_then(|s| s.parse::<i64>().ok())? as u64;
     let target = String::from_utf8_lossy(&link).into_owned();

@@ -166,7 +166,7 @@ pub fn parse_smaps(text: impl BufRead) -> std::io::Result<Vec<Vma>> {
 
 /// Bounds of a process's vDSO, from /proc/pid/maps.
 pub fn vdso_of(host: i32) -> Option<std::ops::Range<u64>> {
-    let text = std::fs::read_to_string(format!("/proc/{host}/maps")).ok()?;
+    let text = super::process::read_proc_text(format!("/proc/{host}/maps")).ok()?;
     let v = text.lines().filter_map(parse_head).find(|v| v.name == "[vdso]")?;
     Some(v.start..v.end)
 }

@@ -9,10 +9,11 @@ pub mod watched;
 
 use crate::error::{DumpError, Refusals};
 use ckpt_sys::Pid;
-use file::{Descriptor, OpenFile};
+use file::{Descriptor, FileStat, LastOwner, OpenFile};
 use process::Process;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 /// What the job's init knows about it.
 #[derive(Debug, Clone, Default)]
@@ -87,6 +88,8 @@ pub struct Job {
     pub groups: HashMap<i32, i32>,
     /// Build-ids of mapped files, as *discover* read them.
     pub build_ids: build_id::BuildIds,
+    /// Files that are mapped, by path, as *probe* has seen them.
+    pub mapped: Mutex<HashMap<String, FileStat>>,
     /// Paths of watched files, found once.
     pub watched: watched::Watched,
     /// Order of descriptors (process as ckpt sees it, number) among those of one inode, as kcmp(2) has it.
@@ -212,12 +215,16 @@ impl Job {
             }
         }
         let mut ids: Vec<u64> = Vec::with_capacity(slots.len());
+        let last = LastOwner::default();
         for (i, s) in slots.into_iter().enumerate() {
             let (number, cloexec) = (s.number, s.seen.cloexec);
             let p = &mut self.processes[s.process];
+            if s.seen.info.contains("\nlock:") {
+                p.locks.push((number, s.seen.info.clone()));
+            }
             let file = if first[i] == i {
                 let id = self.files.len() as u64 + 1;
-                self.files.insert(id, OpenFile::new(id, p.pid, p.host, number, s.seen));
+                self.files.insert(id, OpenFile::new(id, p.pid, (p.host, number), s.seen, last.clone()));
                 id
             } else {
                 ids[first[i]]

@@ -7,6 +7,7 @@ use crate::error::DumpError;
 use ckpt_sys::Pid;
 use ckpt_sys::arch::Registers;
 use ckpt_sys::inject::Padding;
+use procfs::FromRead;
 use procfs::process::{Stat, Status};
 use std::collections::HashMap;
 use std::io::ErrorKind;
@@ -87,6 +88,8 @@ pub struct Process {
     maps: Vec<u8>,
     /// Its descriptors, sorted by number.
     pub descriptors: Vec<Descriptor>,
+    /// The fdinfo texts that tell of locks, by descriptor: those of a file are shown by each of its processes in another way.
+    pub locks: Vec<(i32, String)>,
     /// It is not dumpable and its descriptors can't be seen; only when frozen it is made dumpable.
     pub closed: bool,
     /// PR_GET_DUMPABLE of a process that has been made dumpable.
@@ -115,16 +118,30 @@ pub fn read_proc(path: impl AsRef<Path>) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// As [`read_proc`], of one that is text.
+///
+/// # Errors
+/// What reading gives; InvalidData for what is no UTF-8.
+pub fn read_proc_text(path: impl AsRef<Path>) -> std::io::Result<String> {
+    String::from_utf8(read_proc(path)?).map_err(|e| std::io::Error::new(ErrorKind::InvalidData, e))
+}
+
 /// Children of all threads of a process, as ckpt sees them; none if it is gone.
 pub fn children(host: i32) -> Vec<i32> {
-    let mut all = Vec::new();
-    let Ok(dir) = std::fs::read_dir(format!("/proc/{host}/task")) else { return all };
+    threads_and_children(host).1
+}
+
+/// Threads of a process, and the children of all of them, as ckpt sees them; none if it is gone.
+pub fn threads_and_children(host: i32) -> (Vec<i32>, Vec<i32>) {
+    let (mut threads, mut all) = (Vec::new(), Vec::new());
+    let Ok(dir) = std::fs::read_dir(format!("/proc/{host}/task")) else { return (threads, all) };
     for t in dir.flatten() {
+        threads.extend(t.file_name().to_str().and_then(|t| t.parse::<i32>().ok()));
         let text = read_proc(t.path().join("children")).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         all.extend(text.split_whitespace().filter_map(|n| n.parse::<i32>().ok()));
     }
-    all
+    (threads, all)
 }
 
 fn last(v: Option<&Vec<i32>>) -> i32 {
@@ -151,15 +168,18 @@ impl Process {
     }
 
     fn read(host: i32, inner: &HashMap<i32, i32>, before: Option<&Process>) -> std::io::Result<Process> {
-        let proc = procfs::process::Process::new(host).map_err(io)?;
-        let stat = proc.stat().map_err(io)?;
-        let status = proc.status().map_err(io)?;
+        let stat = Stat::from_read(read_proc(format!("/proc/{host}/stat"))?.as_slice()).map_err(io)?;
+        let status_text = read_proc(format!("/proc/{host}/status"))?;
+        let status = Status::from_read(status_text.as_slice()).map_err(io)?;
         let pid = last(status.nspid.as_ref());
         let zombie = matches!(stat.state, 'Z' | 'X').then(|| stat.exit_code.unwrap_or(0));
         let (mut threads, mut children) = (Vec::new(), Vec::new());
         for t in std::fs::read_dir(format!("/proc/{host}/task"))?.flatten() {
             let Some(tid) = t.file_name().to_str().and_then(|s| s.parse::<i32>().ok()) else { continue };
-            let Ok(status) = read_proc(t.path().join("status")) else { continue };
+            // That of the leader is that of the process.
+            let status =
+                if tid == host { Ok(status_text.clone()) } else { read_proc(t.path().join("status")) };
+            let Ok(status) = status else { continue };
             let text = String::from_utf8_lossy(&status);
             let ns = text.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap_or_default();
             let Some(inside) = ns.split_whitespace().last().and_then(|s| s.parse().ok()) else { continue };
@@ -203,6 +223,7 @@ impl Process {
             assumed_flags: before.is_some() && zombie.is_none(),
             maps,
             descriptors: Vec::new(),
+            locks: Vec::new(),
             closed: false,
             dumpable: None,
         })
@@ -249,8 +270,7 @@ impl Process {
     /// Where code may be written: behind its vDSO, if that is like our own.
     pub fn padding(&self) -> Option<Padding> {
         let v = self.vdso()?;
-        let own = own_vdso(v.bytes());
-        Padding::find(own, v.start..v.end).ok().filter(|p| p.start < p.end)
+        padding_behind(v.start..v.end)
     }
 
     /// A hole of `bytes` in which nothing is mapped, clear of growing stacks.
@@ -259,15 +279,28 @@ impl Process {
     }
 }
 
+/// Our own vDSO: bounds, and the padding behind it. Looked at once.
+fn own() -> Option<(u64, u64, Padding)> {
+    use std::sync::OnceLock;
+    static OWN: OnceLock<Option<(u64, u64, Padding)>> = OnceLock::new();
+    *OWN.get_or_init(|| {
+        // Not smaps, which looks at all of our own memory.
+        let v = memory::vdso_of(std::process::id() as i32)?;
+        Some((v.start, v.end, Padding::find(v.clone(), v).ok()?))
+    })
+}
+
 /// Bounds of our own vDSO, if it is of that length; empty otherwise.
 pub fn own_vdso(bytes: u64) -> std::ops::Range<u64> {
-    use std::sync::OnceLock;
-    static OWN: OnceLock<Option<(u64, u64)>> = OnceLock::new();
-    let own = OWN.get_or_init(|| {
-        // Not smaps, which looks at all of our own memory.
-        memory::vdso_of(std::process::id() as i32).map(|v| (v.start, v.end))
-    });
-    own.filter(|(s, e)| e - s == bytes).map_or(0..0, |(s, e)| s..e)
+    own().filter(|(s, e, _)| e - s == bytes).map_or(0..0, |(s, e, _)| s..e)
+}
+
+/// Where code may be written behind a vDSO, if it is like our own.
+pub fn padding_behind(vdso: std::ops::Range<u64>) -> Option<Padding> {
+    let (start, _, Padding { start: first, end }) =
+        own().filter(|(s, e, _)| e - s == vdso.end - vdso.start)?;
+    let there = |at: u64| at - start + vdso.start;
+    Some(Padding { start: there(first), end: there(end) }).filter(|p| p.start < p.end)
 }
 
 /// procfs errors as I/O errors.

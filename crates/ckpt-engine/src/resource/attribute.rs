@@ -5,6 +5,7 @@ use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
+use crate::model::process::read_proc_text;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -70,7 +71,7 @@ impl Resource for AttributeResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
-        let read = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", p.host));
+        let read = |name: &str| read_proc_text(format!("/proc/{}/{name}", p.host));
         let oom = read("oom_score_adj").map_err(DumpError::process(p.pid, "reading oom_score_adj"))?;
         let live = cx.live();
         let dumpable = match p.dumpable {

@@ -5,6 +5,7 @@ use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
+use crate::model::process::read_proc_text;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
 
@@ -44,7 +45,7 @@ pub struct JobResource;
 
 /// Offsets of a process's time namespace: monotonic and boottime, nanoseconds.
 pub fn time_offsets(host: i32) -> (i64, i64) {
-    let text = std::fs::read_to_string(format!("/proc/{host}/timens_offsets")).unwrap_or_default();
+    let text = read_proc_text(format!("/proc/{host}/timens_offsets")).unwrap_or_default();
     let of = |name: &str| {
         let line = text.lines().find(|l| l.starts_with(name))?;
         let mut n = line.split_whitespace().skip(1).filter_map(|w| w.parse::<i64>().ok());
@@ -100,10 +101,7 @@ impl Resource for JobResource {
             monotonic_ns: ckpt_sys::clock::monotonic_ns() + theirs.0 - own.0,
             boottime_ns: ckpt_sys::clock::boottime_ns() + theirs.1 - own.1,
             uid: nix::unistd::geteuid().as_raw(),
-            kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")
-                .unwrap_or_default()
-                .trim()
-                .to_owned(),
+            kernel: read_proc_text("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
         };
         cx.put(Kind::Job, VERSION, 0, 0, &record)
     }

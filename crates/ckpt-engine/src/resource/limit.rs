@@ -5,7 +5,7 @@ use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
-use crate::model::process::Process;
+use crate::model::process::{Process, read_proc_text};
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -121,7 +121,7 @@ impl Resource for LimitResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Process(p) = at else { return Ok(()) };
-        let text = std::fs::read_to_string(format!("/proc/{}/limits", p.host));
+        let text = read_proc_text(format!("/proc/{}/limits", p.host));
         let limits =
             parse(&text.map_err(DumpError::process(p.pid, "reading its limits"))?).ok_or_else(|| {
                 DumpError::process(p.pid, "reading its limits")(std::io::Error::from(

@@ -11,7 +11,7 @@ use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::{FileStat, OpenFile};
 use crate::model::memory::Vma;
-use crate::model::process::{Process, ProcessId};
+use crate::model::process::{Process, ProcessId, own_vdso, read_proc};
 use crate::restore::build_tree::{Build, open_call};
 use crate::restore::fill_memory::is_private_anonymous;
 use crate::restore::plan::VDSO_ROOM;
@@ -22,6 +22,8 @@ use ckpt_sys::area::AREA_BYTES;
 use ckpt_sys::inject::Query;
 use ckpt_sys::memory::PAGE;
 use ckpt_sys::{Errno, Pid, libc};
+use std::collections::HashMap;
+use std::sync::{OnceLock, PoisonError};
 
 /// Version of [`MemoryMapRecord`].
 pub const VERSION: u16 = 1;
@@ -146,6 +148,19 @@ pub fn vdso_hash(pid: Pid, range: std::ops::Range<u64>) -> Result<u64, Errno> {
     Ok(crate::model::file::fnv1a(bytes) | 1)
 }
 
+/// [`vdso_hash`] of ckpt's own, if it is of that length.
+fn own_vdso_hash(bytes: u64) -> Result<u64, Errno> {
+    static HASH: OnceLock<u64> = OnceLock::new();
+    let own = own_vdso(bytes);
+    if own.is_empty() {
+        return vdso_hash(Pid::this(), own);
+    }
+    match HASH.get() {
+        Some(hash) => Ok(*hash),
+        None => vdso_hash(Pid::this(), own).map(|hash| *HASH.get_or_init(|| hash)),
+    }
+}
+
 /// Flags that need nothing, or are restored by other means than madvise.
 const KNOWN_FLAGS: &[&str] = &[
     "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "lo", "lf", "ac", "nr", "sd", "ar", "sf", "mm",
@@ -215,7 +230,14 @@ fn refuse_flags(pid: i32, v: &Vma, named: &str, tracked: bool, refusals: &mut Re
     }
 }
 
-fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
+/// `at_path`: the files at the paths that were looked at so far.
+fn refuse_vma(
+    job: &Job,
+    p: &Process,
+    v: &Vma,
+    at_path: &mut HashMap<String, FileStat>,
+    refusals: &mut Refusals,
+) {
     if v.is_vdso_part() || super::aio::is_ring(v) {
         return;
     }
@@ -244,13 +266,17 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     }
     let has_path = v.is_file() && !v.deleted && !v.name.contains("[io_uring]");
     if has_path && !super::shared_object::is_memory_object(v) {
-        match std::fs::metadata(job.outside(&v.name)) {
-            Ok(m) if FileStat::of(&m).ino == v.ino => {}
-            _ => refusals.process(
+        if !at_path.contains_key(&v.name)
+            && let Ok(m) = std::fs::metadata(job.outside(&v.name))
+        {
+            at_path.insert(v.name.clone(), FileStat::of(&m));
+        }
+        if at_path.get(&v.name).is_none_or(|stat| stat.ino != v.ino) {
+            refusals.process(
                 p.pid,
                 format!("{named}: the file at that path is not the one that is mapped"),
                 "it was replaced or renamed; restart the program with the new one",
-            ),
+            );
         }
     }
 }
@@ -330,8 +356,12 @@ impl MemoryMapResource {
             } else if v.is_file() && own_library(&v.name) {
                 // Stored whole, as anonymous memory: upgrading ckpt must not break old checkpoints.
                 // The loader first maps more of it than there is; what is behind its end can't be read.
-                let file = std::fs::metadata(cx.job.outside(&v.name)).map_err(err(&v.name))?;
-                let there = file.len().next_multiple_of(PAGE).saturating_sub(v.offset);
+                let seen = cx.job.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+                let bytes = match seen.get(&v.name) {
+                    Some(stat) => stat.size,
+                    None => std::fs::metadata(cx.job.outside(&v.name)).map_err(err(&v.name))?.len(),
+                };
+                let there = bytes.next_multiple_of(PAGE).saturating_sub(v.offset);
                 if there > 0 {
                     plain.push(Range { bytes: v.bytes().min(there), ..range(v, Pages::All) });
                 }
@@ -345,7 +375,11 @@ impl MemoryMapResource {
                     Some(i) => i,
                     None => {
                         let outside = cx.job.outside(&v.name);
-                        let stat = FileStat::of(&std::fs::metadata(&outside).map_err(err(&v.name))?);
+                        let seen = cx.job.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+                        let stat = match seen.get(&v.name) {
+                            Some(stat) => stat.clone(),
+                            None => FileStat::of(&std::fs::metadata(&outside).map_err(err(&v.name))?),
+                        };
                         let build_id = cx.job.build_ids.get(outside.as_ref(), &stat);
                         files.push(MappedFile { path, stat, build_id });
                         files.len() - 1
@@ -390,13 +424,14 @@ impl MemoryMapResource {
             n(s.env_start),
             n(s.env_end),
         ];
-        let auxv = std::fs::read(format!("/proc/{}/auxv", p.host)).map_err(err("reading auxv"))?;
+        let auxv = read_proc(format!("/proc/{}/auxv", p.host)).map_err(err("reading auxv"))?;
         let exe = std::fs::read_link(format!("/proc/{}/exe", p.host)).map_err(err("reading the exe link"))?;
         let vdso = p.vdso().map(|v| v.start..v.end);
         let hash = match vdso {
             // ckpt's own code stands behind the vDSO at this moment; the hash covers what is before it.
-            Some(range) => vdso_hash(Pid::this(), crate::model::process::own_vdso(range.end - range.start))
-                .map_err(DumpError::errno(p.pid, "reading the vDSO"))?,
+            Some(range) => {
+                own_vdso_hash(range.end - range.start).map_err(DumpError::errno(p.pid, "reading the vDSO"))?
+            }
             None => 0,
         };
         let write_code = match p.padding() {
@@ -580,9 +615,12 @@ impl Resource for MemoryMapResource {
     }
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
+        let mut at_path = job.mapped.lock().unwrap_or_else(PoisonError::into_inner);
         for p in job.live() {
+            // Not for the first time in the freeze.
+            let _ = p.vdso().map(|v| own_vdso_hash(v.bytes()));
             for v in &p.vmas {
-                refuse_vma(job, p, v, refusals);
+                refuse_vma(job, p, v, &mut at_path, refusals);
             }
             let exe = std::fs::read_link(format!("/proc/{}/exe", p.host)).unwrap_or_default();
             if exe.to_string_lossy().ends_with(" (deleted)") {

@@ -6,7 +6,7 @@ use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
-use crate::model::process::Process;
+use crate::model::process::{Process, read_proc_text};
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -199,7 +199,7 @@ pub fn is_filtered(p: &Process) -> bool {
 
 /// Number of seccomp filters a process runs under.
 fn seccomp_filters(pid: Pid) -> u32 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let text = read_proc_text(format!("/proc/{pid}/status")).unwrap_or_default();
     text.lines().find_map(|l| l.strip_prefix("Seccomp_filters:")?.trim().parse().ok()).unwrap_or(0)
 }
 

@@ -6,7 +6,7 @@ use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
 use crate::model::file::info_value;
-use crate::model::process::Process;
+use crate::model::process::{Process, read_proc_text};
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -55,7 +55,7 @@ fn ask_posix(t: &PosixTimer) -> Query {
 
 /// The POSIX timers of a process, without the time they have left.
 fn list(p: &Process) -> std::io::Result<Option<Vec<PosixTimer>>> {
-    std::fs::read_to_string(format!("/proc/{}/timers", p.host)).map(|text| parse(&text))
+    read_proc_text(format!("/proc/{}/timers", p.host)).map(|text| parse(&text))
 }
 
 /// The kind.

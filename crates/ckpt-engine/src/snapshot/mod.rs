@@ -261,6 +261,8 @@ pub fn private_bytes(job: &Job) -> u64 {
 /// If a page can't be read.
 pub fn read_source(source: &Source, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
     match &source.from {
+        // Its files need not be opened for nothing.
+        From::Process { ranges, .. } if ranges.is_empty() => Ok(()),
         From::Process { host, pid, ranges } => {
             let reader = pages::Reader::open(*host, *pid)?;
             ranges.iter().try_for_each(|r| reader.read_range(r, piece, sink))

@@ -50,6 +50,8 @@ pub fn attach(job: &Job, which: &[ProcessId], trust_bits: bool) -> Result<Vec<At
         out.push((ProcessId::of(p), watch));
     }
     frozen.resume()?;
+    drop(beside);
+    task::make_way();
     Ok(out)
 }
 

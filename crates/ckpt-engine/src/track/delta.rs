@@ -2,7 +2,8 @@
 //! What changed: found by one scan in the freeze. Few pages are copied there and then, which takes less time than a fork of
 //! everything; of many the engine takes a snapshot.
 
-use super::watch::{Stretch, Watch};
+use super::second::Second;
+use super::watch::{Look, Stretch, push};
 use super::{ProcessId, Tracker, Tracking};
 use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
@@ -16,6 +17,7 @@ use crate::snapshot::{
 use ckpt_sys::memory::{Forced, PAGE};
 use ckpt_sys::{Errno, Pid, pagemap};
 use std::fs::File;
+use std::sync::Arc;
 
 /// Bytes of changed pages that are copied while the job is frozen. More than this is left to the snapshot engine.
 const HELD_LIMIT_BYTES: u64 = 32 << 20;
@@ -41,66 +43,59 @@ pub struct Same {
 }
 
 /// Memory for the changed pages, touched before the job is stopped. How many there are is estimated by a scan that changes nothing.
-pub(super) fn room(tracking: &Tracking, job: &Job) -> Vec<u8> {
+pub(super) fn room(tracking: &Tracking, job: &Job) -> Room {
     let mut bytes = 0;
     for w in &tracking.processes {
         let Some(p) = job.live().find(|p| ProcessId::of(p) == w.id) else { continue };
         let Ok(pagemap) = File::open(format!("/proc/{}/pagemap", p.host)) else { continue };
         for v in p.vmas.iter().filter(|v| v.has("uw")) {
-            if let Ok(Some(stretches)) = w.watch.scan(&pagemap, v.start, v.end, v.is_file(), false) {
+            if let Ok(Some(stretches)) = w.watch.look().scan(&pagemap, v.start, v.end, v.is_file(), false) {
                 bytes += stretches.iter().filter(|s| !s.unwritten).map(|s| s.bytes).sum::<u64>();
             }
         }
     }
     // Some more are written until the job stands still.
     let bytes = (2 * bytes + (1 << 20)).min(HELD_LIMIT_BYTES) as usize;
-    vec![1; bytes]
+    Room { blocks: (0..bytes.div_ceil(BLOCK_BYTES)).map(|_| Block::touched()).collect(), filling: 0 }
 }
 
-/// Fewer bytes are not worth a second thread.
-const SHARED_WORK_BYTES: u64 = 4 << 20;
+/// Address space that is scanned at a time. A multiple of the size of huge pages, so that none is divided.
+const SCAN_BYTES: u64 = 64 << 20;
 
-/// Whether two threads can work at the same time while the job stands still. Asked before it does.
-pub(super) fn can_share_work() -> bool {
-    std::thread::available_parallelism().is_ok_and(|n| n.get() > 1)
+/// A range in parts that are scanned at a time, as (start, end).
+fn parts(r: &Range) -> impl Iterator<Item = (u64, u64)> {
+    let (first, end) = (r.addr, r.addr + r.bytes);
+    let starts = (first / SCAN_BYTES..).map(|n| n * SCAN_BYTES).take_while(move |at| *at < end);
+    starts.map(move |at| (at.max(first), (at + SCAN_BYTES).min(end)))
 }
 
-/// Does two things at the same time.
-fn both<T: Send>(a: impl FnOnce() -> T + Send, b: impl FnOnce() -> T) -> (T, T) {
-    std::thread::scope(|scope| {
-        let other = scope.spawn(a);
-        let b = b();
-        match other.join() {
-            Ok(a) => (a, b),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    })
-}
-
-/// As [`Watch::scan`], by two threads if it is worth it.
+/// As [`Look::scan`], of many ranges of a process.
 fn scan(
-    watch: &Watch,
-    pagemap: &File,
-    r: &Range,
+    look: Look,
+    pagemap: &Arc<File>,
+    ranges: &[&Range],
     over_file: bool,
-    share: bool,
-) -> Result<Option<Vec<Stretch>>, Errno> {
-    /// So that no huge page is divided.
-    const ALIGNMENT: u64 = 2 << 20;
-    let part = |start, end| watch.scan(pagemap, start, end, over_file, true);
-    let end = r.addr + r.bytes;
-    if !share || r.bytes < 16 * SHARED_WORK_BYTES {
-        return part(r.addr, end);
-    }
-    let middle = (r.addr + r.bytes / 2) / ALIGNMENT * ALIGNMENT;
-    let (first, second) = both(|| part(r.addr, middle), || part(middle, end));
-    Ok(match (first?, second?) {
-        (Some(mut stretches), Some(more)) => {
-            stretches.extend(more);
-            Some(stretches)
+    second: &Second,
+) -> Result<Vec<Option<Vec<Stretch>>>, Errno> {
+    let pieces = ranges.iter().flat_map(|r| parts(r)).map(|(start, end)| {
+        let pagemap = Arc::clone(pagemap);
+        move || look.scan(&pagemap, start, end, over_file, true)
+    });
+    let mut found = second.all(pieces).into_iter();
+    let whole = |r: &&Range| {
+        let mut all = Some(Vec::new());
+        for part in found.by_ref().take(parts(r).count()) {
+            all = match (all, part?) {
+                (Some(mut all), Some(part)) => {
+                    part.into_iter().for_each(|s| push(&mut all, s));
+                    Some(all)
+                }
+                _ => None,
+            };
         }
-        _ => None,
-    })
+        Ok(all)
+    };
+    ranges.iter().map(whole).collect()
 }
 
 /// A part of a range, with pages that all exist.
@@ -164,15 +159,21 @@ fn plan(t: &Tracker, frozen: &FrozenJob, source: &Source) -> Result<Option<Plan>
         t.tracking.processes.iter().find(|w| Some(w.id) == id).filter(|w| !w.watch.is_doubtful(*host));
     let pagemap =
         File::open(format!("/proc/{host}/pagemap")).map_err(DumpError::process(*pid, "opening pagemap"))?;
+    let pagemap = Arc::new(pagemap);
     let over_file = source.zeros == ckpt_image::ZeroPages::Record;
+    let mut scanned = match watched {
+        Some(w) => {
+            let private: Vec<&Range> = ranges.iter().filter(|r| r.pages == Which::Private).collect();
+            scan(w.watch.look(), &pagemap, &private, over_file, &t.second)
+                .map_err(err("looking for written pages (PAGEMAP_SCAN)"))?
+        }
+        None => Vec::new(),
+    }
+    .into_iter();
     let (mut dirty, mut same, mut looked) = (Vec::new(), Vec::new(), true);
     for r in ranges {
         ckpt_sys::hook::point();
-        let stretches = match watched {
-            Some(w) if r.pages == Which::Private => scan(&w.watch, &pagemap, r, over_file, t.share_work)
-                .map_err(err("looking for written pages (PAGEMAP_SCAN)"))?,
-            _ => None,
-        };
+        let stretches = if r.pages == Which::Private { scanned.next().flatten() } else { None };
         let Some(stretches) = stretches else {
             let found = existing(&pagemap, r).map_err(err("looking for pages (PAGEMAP_SCAN)"))?;
             let worth_it = r.pages == Which::Private && found.as_ref().is_none_or(|f| !f.is_empty());
@@ -239,7 +240,7 @@ pub(super) fn snapshot(
     let few = known.is_some_and(|bytes| bytes <= HELD_LIMIT_BYTES);
     // The engine is given what is left to it.
     let (mut left, mut held) = (Vec::new(), Vec::new());
-    let mut room = Room { bytes: std::mem::take(&mut t.room), used: 0, share_work: t.share_work };
+    let mut room = std::mem::take(&mut t.room);
     for (source, plan) in collected.sources.iter().zip(&plans) {
         let from = match (&source.from, plan.as_ref().map(|p| &p.dirty)) {
             (From::File { fd, bytes }, _) => {
@@ -248,7 +249,7 @@ pub(super) fn snapshot(
             }
             (From::Process { host, pid, .. }, Some(Some(dirty))) => {
                 let ranges = if few { Vec::new() } else { dirty.clone() };
-                held.push(if few { room.copy(*host, *pid, dirty)? } else { Vec::new() });
+                held.push(if few { room.place(*host, *pid, dirty) } else { Vec::new() });
                 left.push(Source {
                     kind: source.kind,
                     object: source.object,
@@ -264,50 +265,104 @@ pub(super) fn snapshot(
         held.push(Vec::new());
         left.push(Source { kind: source.kind, object: source.object, zeros: source.zeros, from });
     }
+    let blocks = room.fill(&t.second)?;
     t.same = plans.into_iter().map(|p| p.map_or_else(Vec::new, |p| p.same)).collect();
     let engine = if few { Copy.prepare(&frozen.job, true)? } else { engine };
     let all = std::mem::replace(&mut collected.sources, left);
     let inner = engine.snapshot(frozen, collected);
     let left = std::mem::replace(&mut collected.sources, all);
-    Ok(Box::new(Delta { inner: inner?, left, held, room: room.bytes, used: room.used as u64 }))
+    Ok(Box::new(Delta { inner: inner?, left, held, blocks }))
 }
 
+/// Bytes that are copied at a time.
+const BLOCK_BYTES: usize = 512 << 10;
+
 /// Memory for copies.
-struct Room {
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    blocks: Vec<Block>,
+    /// The one that is being filled; all before it are full.
+    filling: usize,
+}
+
+/// A part of it, and what is to be copied there.
+#[derive(Debug)]
+struct Block {
     bytes: Vec<u8>,
     used: usize,
-    share_work: bool,
+    /// One after the other.
+    from: Vec<Copying>,
+}
+
+/// Memory of one process that is to be copied.
+#[derive(Debug)]
+struct Copying {
+    host: Pid,
+    pid: i32,
+    /// As (address, bytes).
+    stretches: Vec<(u64, u64)>,
+}
+
+/// Where a stretch is held.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    /// In the object.
+    offset: u64,
+    block: usize,
+    at: usize,
+    bytes: usize,
+}
+
+impl Block {
+    fn touched() -> Block {
+        Block { bytes: vec![1; BLOCK_BYTES], used: 0, from: Vec::new() }
+    }
+
+    /// Copies what is to be here.
+    fn fill(mut self) -> Result<Block, DumpError> {
+        let mut rest = &mut self.bytes[..];
+        for Copying { host, pid, stretches } in std::mem::take(&mut self.from) {
+            let (now, later) = rest.split_at_mut(stretches.iter().map(|(_, bytes)| *bytes as usize).sum());
+            copy(host, pid, &stretches, now)?;
+            rest = later;
+        }
+        Ok(self)
+    }
 }
 
 impl Room {
-    /// Copies the pages of a process; gives offset in the object, position and length for each stretch.
-    fn copy(&mut self, host: Pid, pid: i32, ranges: &[Range]) -> Result<Vec<(u64, usize, usize)>, DumpError> {
-        let total: usize = ranges.iter().map(|r| r.bytes as usize).sum();
-        if self.bytes.len() < self.used + total {
-            self.bytes.resize(self.used + total, 0);
-        }
+    /// Finds places for pages of a process.
+    fn place(&mut self, host: Pid, pid: i32, ranges: &[Range]) -> Vec<Held> {
         let mut out = Vec::with_capacity(ranges.len());
-        let first = self.used;
         for r in ranges {
-            out.push((r.offset, self.used, r.bytes as usize));
-            self.used += r.bytes as usize;
+            let mut done = 0;
+            while done < r.bytes {
+                if self.blocks.get(self.filling).is_some_and(|b| b.used == BLOCK_BYTES) {
+                    self.filling += 1;
+                }
+                if self.filling == self.blocks.len() {
+                    self.blocks.push(Block { bytes: vec![0; BLOCK_BYTES], used: 0, from: Vec::new() });
+                }
+                let block = &mut self.blocks[self.filling];
+                let bytes = (r.bytes - done).min((BLOCK_BYTES - block.used) as u64);
+                match block.from.last_mut() {
+                    Some(last) if last.host == host => last.stretches.push((r.addr + done, bytes)),
+                    _ => block.from.push(Copying { host, pid, stretches: vec![(r.addr + done, bytes)] }),
+                }
+                let (offset, at) = (r.offset + done, block.used);
+                out.push(Held { offset, block: self.filling, at, bytes: bytes as usize });
+                block.used += bytes as usize;
+                done += bytes;
+            }
         }
-        let list: Vec<(u64, u64)> = ranges.iter().map(|r| (r.addr, r.bytes)).collect();
+        out
+    }
+
+    /// Copies all that has a place.
+    fn fill(self, second: &Second) -> Result<Vec<Block>, DumpError> {
         ckpt_sys::hook::point();
-        let target = &mut self.bytes[first..self.used];
-        if !self.share_work || (total as u64) < SHARED_WORK_BYTES {
-            copy(host, pid, &list, target)?;
-            return Ok(out);
-        }
-        let (mut middle, mut half) = (0, 0);
-        while half < total / 2 {
-            half += list[middle].1 as usize;
-            middle += 1;
-        }
-        let (a, b) = target.split_at_mut(half);
-        let (a, b) = both(|| copy(host, pid, &list[..middle], a), || copy(host, pid, &list[middle..], b));
-        a.and(b)?;
-        Ok(out)
+        let used = self.blocks.into_iter().filter(|b| b.used > 0);
+        second.all(used.map(|block| move || block.fill())).into_iter().collect()
     }
 }
 
@@ -332,26 +387,68 @@ fn copy(host: Pid, pid: i32, list: &[(u64, u64)], target: &mut [u8]) -> Result<(
 struct Delta {
     inner: Box<dyn Snapshot>,
     left: Vec<Source>,
-    held: Vec<Vec<(u64, usize, usize)>>,
-    room: Vec<u8>,
-    used: u64,
+    held: Vec<Vec<Held>>,
+    blocks: Vec<Block>,
 }
 
 impl Snapshot for Delta {
     fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
-        for &(offset, at, bytes) in &self.held[index] {
-            sink(Piece::Data(offset, &self.room[at..at + bytes]))?;
+        for h in &self.held[index] {
+            sink(Piece::Data(h.offset, &self.blocks[h.block].bytes[h.at..h.at + h.bytes]))?;
         }
         self.inner.stream(index, &self.left[index], sink)
     }
 
     fn finish(&mut self) -> Result<Account, DumpError> {
-        self.room = Vec::new();
+        let blocks = std::mem::take(&mut self.blocks);
         let mut account = self.inner.finish()?;
-        account.held_bytes += self.used;
+        account.held_bytes += blocks.iter().map(|b| b.used as u64).sum::<u64>();
         Ok(account)
     }
 }
 
 // Offsets and lengths are those of pages throughout.
 const _: () = assert!(HELD_LIMIT_BYTES.is_multiple_of(PAGE));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(addr: u64, bytes: u64) -> Range {
+        Range { addr, bytes, offset: addr, pages: Which::Private, lost_in_fork: None }
+    }
+
+    #[test]
+    fn a_range_is_parted_without_gaps() {
+        let parts_of = |start, end| parts(&range(start, end - start)).collect::<Vec<_>>();
+        let page = PAGE;
+        assert_eq!(parts_of(page, 2 * page), [(page, 2 * page)]);
+        assert_eq!(parts_of(SCAN_BYTES, 2 * SCAN_BYTES), [(SCAN_BYTES, 2 * SCAN_BYTES)]);
+        let (start, end) = (SCAN_BYTES - page, 2 * SCAN_BYTES + page);
+        let expected = [(start, SCAN_BYTES), (SCAN_BYTES, 2 * SCAN_BYTES), (2 * SCAN_BYTES, end)];
+        assert_eq!(parts_of(start, end), expected);
+    }
+
+    #[test]
+    fn what_is_held_is_what_was_there() {
+        // Bytes that tell where they are, in stretches that end anywhere in a block; more than there is room for.
+        let memory: Vec<u8> = (0..3 * BLOCK_BYTES).map(|i| ((i / 7) ^ (i >> 13)) as u8).collect();
+        let base = memory.as_ptr() as u64;
+        let stretches = [(0, 5000), (9000, BLOCK_BYTES + 1), (BLOCK_BYTES + 20_000, BLOCK_BYTES), (100, 1)];
+        let ranges: Vec<Range> =
+            stretches.iter().map(|(at, n)| range(base + *at as u64, *n as u64)).collect();
+        for second in [Second::start(), Second::default()] {
+            let mut room = Room { blocks: vec![Block::touched()], filling: 0 };
+            let mut held = room.place(Pid::this(), 1, &ranges[..2]);
+            held.extend(room.place(Pid::this(), 1, &ranges[2..]));
+            let blocks = room.fill(&second).unwrap();
+            let mut next = ranges.iter().flat_map(|r| r.addr..r.addr + r.bytes);
+            for h in held {
+                let from = (h.offset - base) as usize;
+                assert!(blocks[h.block].bytes[h.at..h.at + h.bytes] == memory[from..from + h.bytes]);
+                assert!(next.by_ref().take(h.bytes).eq(h.offset..h.offset + h.bytes as u64));
+            }
+            assert_eq!(next.next(), None);
+        }
+    }
+}

@@ -18,6 +18,7 @@ pub mod watch;
 
 mod delta;
 mod flags;
+mod second;
 
 pub use delta::Same;
 
@@ -179,14 +180,14 @@ pub struct Tracker {
     /// The engine tells what has been written.
     by_engine: bool,
     /// Room for the pages that were written, already touched.
-    room: Vec<u8>,
+    room: delta::Room,
     pages: delta::Pages,
     /// By source: pages that are those of the parent.
     same: Vec<Vec<delta::Same>>,
     /// Ready to be read in the freeze.
     flags: Vec<(ProcessId, flags::Flags)>,
-    /// Two threads work while the job stands still.
-    share_work: bool,
+    /// Works, too, while the job stands still.
+    second: second::Second,
 }
 
 impl Tracker {
@@ -230,11 +231,11 @@ impl Tracker {
             full_because,
             notes,
             by_engine,
-            room: Vec::new(),
+            room: delta::Room::default(),
             pages: delta::Pages::default(),
             same: Vec::new(),
             flags: Vec::new(),
-            share_work: delta::can_share_work(),
+            second: second::Second::default(),
         };
         if t.parent.is_none() {
             // Unwritten pages are those of the coming checkpoint just as well.
@@ -266,6 +267,7 @@ impl Tracker {
         job.info.tracked = t.tracking.watched().collect();
         if t.parent.is_some() {
             t.room = delta::room(&t.tracking, job);
+            t.second = second::Second::start();
             let watched = job.live().filter(|p| t.is_watched(ProcessId::of(p)));
             // What can't be prepared is read whole.
             let ready = watched.filter_map(|p| Some((ProcessId::of(p), flags::Flags::prepare(p).ok()??)));

@@ -186,13 +186,32 @@ impl Watch {
         matches!(self.0, Way::Protection(_)) && !p.vmas.iter().any(|v| v.has("uw"))
     }
 
+    /// How its pages are looked at.
+    pub(super) fn look(&self) -> Look {
+        match self.0 {
+            Way::Protection(_) => Look::Protection,
+            Way::SoftDirty { .. } => Look::SoftDirty,
+            Way::Module { .. } => Look::Nowhere,
+        }
+    }
+}
+
+/// How pages are looked at.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Look {
+    Protection,
+    SoftDirty,
+    Nowhere,
+}
+
+impl Look {
     /// The private pages of `[start, end)`, a part of one mapping, of the frozen process; what has been written since is protected again in
     /// the same step. `over_file`: the mapping is of a file. `None` if the range is not watched, and all of it counts as written.
     ///
     /// # Errors
     /// If the process is gone.
     pub(super) fn scan(
-        &self,
+        self,
         pagemap: &File,
         start: u64,
         end: u64,
@@ -200,9 +219,9 @@ impl Watch {
         protect: bool,
     ) -> Result<Option<Vec<Stretch>>, Errno> {
         let mut out = Vec::new();
-        match &self.0 {
-            Way::Module { .. } => Ok(None),
-            Way::Protection(_) if !over_file => {
+        match self {
+            Look::Nowhere => Ok(None),
+            Look::Protection if !over_file => {
                 let found = match pagemap::scan_changes(pagemap, start, end, protect) {
                     Ok(found) => found,
                     Err(Errno::EPERM) => return Ok(None),
@@ -217,7 +236,7 @@ impl Watch {
                 }
                 Ok(Some(out))
             }
-            Way::Protection(_) => {
+            Look::Protection => {
                 let mut add = |r: pagemap::Region| {
                     if r.is(FILE | ZERO) {
                         return;
@@ -232,7 +251,7 @@ impl Watch {
                     Err(errno) => Err(errno),
                 }
             }
-            Way::SoftDirty { .. } => {
+            Look::SoftDirty => {
                 use pagemap::{ENTRY_EXCLUSIVE, ENTRY_FILE, ENTRY_PRESENT, ENTRY_SOFT_DIRTY, ENTRY_SWAPPED};
                 const CHUNK: u64 = 64 << 20;
                 let mut at = start;
@@ -287,7 +306,7 @@ pub(super) fn canary_page(p: &Process) -> Option<u64> {
 }
 
 /// Adds a stretch behind the others.
-fn push(out: &mut Vec<Stretch>, s: Stretch) {
+pub(super) fn push(out: &mut Vec<Stretch>, s: Stretch) {
     match out.last_mut() {
         Some(last)
             if last.addr + last.bytes == s.addr

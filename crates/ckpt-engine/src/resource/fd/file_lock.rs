@@ -88,14 +88,13 @@ impl Resource for FileLockResource {
         let At::Process(p) = at else { return Ok(()) };
         let mut posix = Vec::new();
         let mut n = 0;
-        for d in &p.descriptors {
-            let Some(f) = cx.job.files.get(&d.file) else { continue };
+        for (number, info) in &p.locks {
+            let found = p.descriptors.iter().find(|d| d.number == *number);
+            let Some((d, f)) = found.and_then(|d| Some((d, cx.job.files.get(&d.file)?))) else { continue };
             if f.seen.stat.format() != libc::S_IFREG && f.seen.stat.format() != libc::S_IFDIR {
                 continue;
             }
-            let info = std::fs::read_to_string(format!("/proc/{}/fdinfo/{}", p.host, d.number));
-            let info = info.map_err(DumpError::process(p.pid, format!("fdinfo of {}", d.number)))?;
-            for (family, write, start, end) in locks(&info) {
+            for (family, write, start, end) in locks(info) {
                 let Some(family) = family else { continue };
                 // Each once: locks of a description with its first holder, those of a process with its first descriptor.
                 let first = match family {

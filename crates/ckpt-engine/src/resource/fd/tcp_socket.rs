@@ -224,22 +224,23 @@ const OPTIONS: &[(i32, i32, usize)] = &[
 ];
 
 /// What `fd` has; an option that this kernel does not know is left out.
-fn all_options(fd: BorrowedFd<'_>) -> Vec<SocketOption> {
+fn all_options(fd: BorrowedFd<'_>, family: i32) -> Vec<SocketOption> {
     let get = |&(level, name, bytes): &(i32, i32, usize)| {
         let value = socket::option(fd, level, name, bytes).ok()?;
         Some(SocketOption { level, name, value })
     };
-    OPTIONS.iter().filter_map(get).collect()
+    // Those of IPv6 an IPv4 socket doesn't have.
+    OPTIONS.iter().filter(|(level, ..)| *level != IPV6 || family == libc::AF_INET6).filter_map(get).collect()
 }
 
 /// Those of a new socket of this family on this host.
 fn new_options(family: i32) -> &'static [SocketOption] {
     static OF: [OnceLock<Vec<SocketOption>>; 2] = [OnceLock::new(), OnceLock::new()];
-    let (index, family) =
+    let (index, of) =
         if family == libc::AF_INET { (0, AddressFamily::Inet) } else { (1, AddressFamily::Inet6) };
     OF[index].get_or_init(|| {
-        let fd = nix::sys::socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
-        fd.map(|fd| all_options(fd.as_fd())).unwrap_or_default()
+        let fd = nix::sys::socket::socket(of, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+        fd.map(|fd| all_options(fd.as_fd(), family)).unwrap_or_default()
     })
 }
 
@@ -255,7 +256,7 @@ fn changed_options(fd: BorrowedFd<'_>, family: i32, connection: bool) -> Vec<Soc
         (SOCKET, libc::SO_PRIORITY) => true,
         _ => !new_options(family).contains(o),
     };
-    all_options(fd).into_iter().filter(keep).collect()
+    all_options(fd, family).into_iter().filter(keep).collect()
 }
 
 /// The kind.
@@ -327,6 +328,8 @@ impl Resource for TcpSocketResource {
         for f in job.files.values().filter(|f| f.kind == Some(Kind::TcpSocket)) {
             let Some((fd, s)) = observe(f) else { continue };
             let fd = &fd;
+            // Not for the first time in the freeze.
+            let _ = socket::get_int(fd.as_fd(), libc::SO_DOMAIN).map(new_options);
             let close = job.info.tcp == TcpPolicy::Close;
             if is_connection(s) {
                 if !close {
