@@ -293,7 +293,7 @@ fn large_memory_is_right_at_the_borders_of_pieces() {
             }
             job.kill()?;
             restore(job)?;
-            finish(sandbox, nonce)
+            passes(sandbox, nonce)
         })
     });
 }
