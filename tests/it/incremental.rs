@@ -29,8 +29,11 @@ fn steps() -> u64 {
 }
 
 fn guest(random: &mut Random, mode: &str) -> Guest {
-    // Into a registered rseq area the kernel writes on which processor a thread came back from a stop.
-    let guest = Guest::new("mem_changes").arg(&(random.number() >> 1).to_string()).arg(mode);
+    without_rseq(Guest::new("mem_changes").arg(&(random.number() >> 1).to_string()).arg(mode))
+}
+
+/// Into a registered rseq area the kernel writes on which processor a thread came back from a stop.
+fn without_rseq(guest: Guest) -> Guest {
     guest.run_under(&["env", "GLIBC_TUNABLES=glibc.pthread.rseq=0"])
 }
 
@@ -281,7 +284,7 @@ fn doubtful_tracking_makes_a_full_checkpoint() {
 #[test]
 fn large_memory_is_right_at_the_borders_of_pieces() {
     each_user("incremental-spread", Users::Both, |sandbox| {
-        with_ready_job(&Guest::new("mem_spread"), sandbox, |job, nonce| {
+        with_ready_job(&without_rseq(Guest::new("mem_spread")), sandbox, |job, nonce| {
             dump_and_compare(job, sandbox, &[])?;
             for number in 1..=3 {
                 step(sandbox, number)?;
