@@ -149,6 +149,7 @@ struct ckpt_snapshot_args {
  * ENOSPC      the module's parameter max_pages
  * ENOMEM      no memory, or the memory cgroup's limit, for the tables
  * EMFILE      no free descriptor
+ * ENFILE      no file left in the system (fs.file-max)
  * EINTR       the caller is being killed
  */
 #define CKPT_IOC_SNAPSHOT _IOWR(CKPT_IOC_MAGIC, 2, struct ckpt_snapshot_args)

@@ -57,6 +57,8 @@ by_the_other_engines! {
     deleted_file => Guest::new("file_deleted");
     workers => Guest::new("file_workers");
     threads => Guest::new("thread_registers");
+    spliced => Guest::new("mem_spliced");
+    moment => Guest::new("cow_moment").in_motion();
 }
 
 #[test]
@@ -119,4 +121,121 @@ fn compare(copied: &Pages, other: &Pages, engine: &str) -> Outcome<()> {
         )));
     }
     Ok(())
+}
+
+/// What the choice of the kernel module depends on, and what becomes of that which it does not take.
+mod module {
+    use super::*;
+    use ckpt_tests::{fingerprint::Fingerprint, job::Job, process::Finished, proof::left_nothing_behind};
+
+    fn said_by(dumped: &Finished) -> Outcome<serde_json::Value> {
+        serde_json::from_str(&dumped.stdout)
+            .map_err(|e| Failure(format!("no JSON: {e}\n{}", dumped.report())))
+    }
+
+    fn dump(job: &Job<'_>, options: &[&str]) -> Outcome<serde_json::Value> {
+        said_by(&job.succeed(&[&["dump", &job.name, "--json"], options].concat(), &[])?)
+    }
+
+    /// By this engine, with these words among the reasons, or with none about the module.
+    fn is_by(said: &serde_json::Value, engine: &str, why: Option<&str>) -> Outcome<()> {
+        let reasons = said["engine_reasons"].to_string();
+        let right = why.map_or_else(|| !reasons.contains("kmod:"), |why| reasons.contains(why));
+        match said["engine"] == engine && right {
+            true => Ok(()),
+            false => Err(Failure(format!("not by {engine} because of {why:?}: {said}"))),
+        }
+    }
+
+    fn contains(said: &Finished, words: &str) -> Outcome<()> {
+        match said.stdout.contains(words) || said.stderr.contains(words) {
+            true => Ok(()),
+            false => Err(Failure(format!("nothing of {words:?}:\n{}", said.report()))),
+        }
+    }
+
+    #[test]
+    fn is_chosen_where_it_is_loaded() {
+        const NOT_LOADED: &str = "the kernel module is not loaded";
+        each_user("engines-auto", Users::Both, |sandbox| {
+            with_ready_job(&Guest::new("mem_private_anon"), sandbox, |job, nonce| {
+                let doctor = job.ckpt(&["doctor", "--json"], &[])?;
+                if Path::new("/dev/ckpt").exists() {
+                    is_by(&dump(job, &[])?, "kmod", None)?;
+                    is_by(&dump(job, &["--duplicate-limit=1G"])?, "cow", Some("kmod: --duplicate-limit"))?;
+                    contains(&doctor, "/dev/ckpt keeps memory")?;
+                    contains(&doctor, "kmod: a job goes on")?;
+                } else {
+                    is_by(&dump(job, &[])?, "cow", Some(&format!("kmod: {NOT_LOADED}")))?;
+                    contains(&doctor, NOT_LOADED)?;
+                    let refused = job.ckpt(&["dump", &job.name, "--engine", "kmod"], &[])?;
+                    contains(&refused, NOT_LOADED)?;
+                    if refused.code != 116 {
+                        return Err(Failure(refused.report()));
+                    }
+                }
+                // Asked for by name, another one has nothing to explain.
+                is_by(&dump(job, &["--engine", "cow"])?, "cow", None)?;
+                is_by(&dump(job, &["--engine", "copy"])?, "copy", None)?;
+                passes(sandbox, nonce)
+            })
+        });
+    }
+
+    #[test]
+    fn leaves_other_processes_to_the_others() {
+        if !has_module("undumpable workers") {
+            return;
+        }
+        let guest = Guest::new("file_workers").arg("undumpable");
+        each_user("engines-undumpable", Users::Both, |sandbox| {
+            with_ready_job(&guest, sandbox, |job, nonce| {
+                // The leader is kept by it, the workers are not.
+                is_by(&dump(job, &["--engine", "kmod"])?, "kmod", Some("was not kept by the kernel module"))?;
+                job.kill()?;
+                job.restore(None, &[])?;
+                passes(sandbox, nonce)
+            })
+        });
+    }
+
+    #[test]
+    fn keeps_no_more_than_may_be_locked() {
+        if !has_module("RLIMIT_MEMLOCK") {
+            return;
+        }
+        each_user("engines-memlock", Users::OnlyPlain, |sandbox| {
+            with_ready_job(&Guest::new("mem_private_anon"), sandbox, |job, nonce| {
+                for incremental in [&[][..], &["--incremental"]] {
+                    let words = [&["dump", &job.name, "--engine", "kmod", "--json"], incremental].concat();
+                    let said = said_by(&job.ckpt_after("ulimit -l 64", &words)?)?;
+                    is_by(&said, "cow", Some("RLIMIT_MEMLOCK"))?;
+                }
+                job.kill()?;
+                job.restore(None, &[])?;
+                passes(sandbox, nonce)
+            })
+        });
+    }
+
+    #[test]
+    fn leaves_nothing_in_the_process() {
+        if !has_module("nothing left") {
+            return;
+        }
+        each_user("engines-nothing-left", Users::Both, |sandbox| {
+            with_ready_job(&Guest::new("mem_private_anon"), sandbox, |job, nonce| {
+                let init = job.init().ok_or_else(|| Failure::new("the job does not run"))?;
+                let before = Fingerprint::take(init);
+                dump_by(job, "kmod", &[])?;
+                left_nothing_behind(&before, init)?;
+                // Between these two a session stays open, with init.
+                for _ in 0..2 {
+                    dump_by(job, "kmod", &["--incremental"])?;
+                    left_nothing_behind(&before, init)?;
+                }
+                passes(sandbox, nonce)
+            })
+        });
+    }
 }

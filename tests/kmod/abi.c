@@ -231,6 +231,36 @@ TEST(snapshot_needs_a_descriptor)
 	CHECK_ERRNO(try_take(session, CKPT_SNAPSHOT_INCREMENTAL, full.generation, &args), ESTALE);
 }
 
+static int take_without_a_file(void *session)
+{
+	struct rlimit memlock = { RLIM_INFINITY, RLIM_INFINITY };
+	struct ckpt_snapshot_args args;
+
+	CHECK(setrlimit(RLIMIT_MEMLOCK, &memlock) == 0);
+	become_plain_user();
+	return try_take(*(int *)session, CKPT_SNAPSHOT_CLEAR, 0, &args) == -1 ? errno : 0;
+}
+
+TEST(snapshot_needs_a_file)
+{
+	int session = open_session(), got;
+	struct ckpt_snapshot_args args, full = take(session, CKPT_SNAPSHOT_CLEAR, 0);
+	char old[32];
+
+	close(full.fd);
+	// The kernel counts roughly: enough of them to be over the limit by any count.
+	for (int i = 0; i < 300; i++)
+		CHECK(open("/dev/null", O_RDONLY) >= 0);
+	read_file("/proc/sys/fs/file-max", old, sizeof(old));
+	write_file("/proc/sys/fs/file-max", "1");
+	got = wait_for(spawn(take_without_a_file, &session));
+	write_file("/proc/sys/fs/file-max", old);
+	CHECK_EQ(got, ENFILE);
+	CHECK_EQ(query_device(session).snapshots, 0);
+	CHECK_EQ(query_device(session).held_pages, 0);
+	CHECK_ERRNO(try_take(session, CKPT_SNAPSHOT_INCREMENTAL, full.generation, &args), ESTALE);
+}
+
 TEST(snapshot_that_cannot_be_told_ends_the_generation)
 {
 	int session = open_session();

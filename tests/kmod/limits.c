@@ -4,6 +4,8 @@
 
 #include <sys/socket.h>
 
+#include "module/ckpt_testing.h"
+
 static char *target_memory;
 static int target_sockets[2];
 
@@ -176,7 +178,7 @@ TEST(memory_cgroup_of_the_reader)
 	write_file("/sys/fs/cgroup/reader/memory.max", "max");
 	CHECK_EQ(wait_for(spawn(take_with_room, &session)), 0);
 	// The tables were charged to the reader: 4096 of 4 KiB.
-	CHECK(event_count("/sys/fs/cgroup/reader/memory.peak", "") >= 0);
+	CHECK(event_count("/sys/fs/cgroup/reader/memory.peak", "") >= 4096 * (long)PAGE);
 	end_holder(pid);
 	CHECK(rmdir("/sys/fs/cgroup/reader") == 0);
 }
@@ -210,6 +212,70 @@ TEST(memory_cgroup_of_the_target)
 	CHECK_EQ(wait_for(spawn(write_at_the_limit, NULL)), 0);
 	CHECK_EQ(event_count("/sys/fs/cgroup/target/memory.events", "oom_kill "), 0);
 	CHECK(rmdir("/sys/fs/cgroup/target") == 0);
+}
+
+struct locked {
+	int testing;
+	int session;
+};
+
+static int lock_memory(void *argument)
+{
+	struct locked *locked = argument;
+	char byte;
+
+	send_fd(target_sockets[1], open_session());
+	CHECK(ioctl(locked->testing, CKPT_TESTING_LOCK, 0) == 0);
+	CHECK_EQ(read(target_sockets[1], &byte, 1), 1);
+	return 0;
+}
+
+static int take_one(void *argument)
+{
+	struct locked *locked = argument;
+
+	close(take(locked->session, 0, 0).fd);
+	return 0;
+}
+
+// Until the process sleeps in an ioctl.
+static void wait_until_it_waits(pid_t pid)
+{
+	char path[64], text[256], ioctl_number[16];
+
+	snprintf(path, sizeof(path), "/proc/%d/syscall", pid);
+	snprintf(ioctl_number, sizeof(ioctl_number), "%d ", SYS_ioctl);
+	do {
+		sched_yield();
+		read_file(path, text, sizeof(text));
+	} while (strncmp(text, ioctl_number, strlen(ioctl_number)));
+}
+
+TEST(callers_that_wait_can_be_killed)
+{
+	struct locked locked = { open("/dev/ckpt_testing", O_RDWR), -1 };
+	pid_t pid, callers[2];
+
+	CHECK(locked.testing >= 0);
+	CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, target_sockets) == 0);
+	pid = spawn(lock_memory, &locked);
+	locked.session = receive_fd(target_sockets[0]);
+	while (ioctl(locked.testing, CKPT_TESTING_IS_LOCKED, 0) != 1)
+		sched_yield();
+	// The first one waits for the memory of the process, and the second one for the first.
+	for (int i = 0; i < 2; i++) {
+		callers[i] = spawn(take_one, &locked);
+		wait_until_it_waits(callers[i]);
+	}
+	for (int i = 1; i >= 0; i--) {
+		kill(callers[i], SIGKILL);
+		CHECK_EQ(wait_for(callers[i]), 128 + SIGKILL);
+	}
+	CHECK_EQ(ioctl(locked.testing, CKPT_TESTING_IS_LOCKED, 0), 1);
+	CHECK_EQ(query_device(locked.session).snapshots, 0);
+	CHECK(ioctl(locked.testing, CKPT_TESTING_UNLOCK, 0) == 0);
+	take_one(&locked);
+	end_holder(pid);
 }
 
 static int send_snapshot_and_end(void *argument)

@@ -15,7 +15,8 @@ macro_rules! layout {
         $out.insert(format!("sizeof {}", $c), size_of::<$rust>() as u64);
         $($out.insert(format!("{}.{}", $c, stringify!($field)), offset_of!($rust, $field) as u64);)*
         // A field that is not listed above does not compile.
-        let $rust { $($field: _),* } = $rust::default();
+        let $rust { $($field),* } = $rust::default();
+        $($out.insert(format!("sizeof {}.{}", $c, stringify!($field)), size_of_val(&$field) as u64);)*
     };
 }
 
@@ -118,6 +119,9 @@ fn the_header_and_its_mirror_agree() {
     for (structure, field) in &fields {
         c.push_str(&format!(
             "printf(\"{structure}.{field}=%zu\\n\", offsetof(struct {structure}, {field}));\n"
+        ));
+        c.push_str(&format!(
+            "printf(\"sizeof {structure}.{field}=%zu\\n\", sizeof(((struct {structure} *)0)->{field}));\n"
         ));
     }
     c.push_str("return 0; }\n");

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* Does to memory what drivers and virtual machines do to it. For tests only. */
+#include <linux/completion.h>
 #include <linux/fs.h>
 #include <linux/highmem.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
+#include <linux/mmap_lock.h>
 #include <linux/mmu_notifier.h>
 #include <linux/module.h>
 #include <linux/slab.h>
@@ -15,6 +17,8 @@ struct testing {
 	bool registered;
 	struct page *page;
 	bool pinned;
+	struct completion unlock;
+	bool locked;
 };
 
 static const struct mmu_notifier_ops testing_notifier_ops = {};
@@ -48,6 +52,18 @@ static long testing_begin(struct testing *testing, unsigned long va, bool pin)
 	return 0;
 }
 
+static long testing_lock(struct testing *testing)
+{
+	int err;
+
+	mmap_read_lock(current->mm);
+	WRITE_ONCE(testing->locked, true);
+	err = wait_for_completion_killable(&testing->unlock);
+	WRITE_ONCE(testing->locked, false);
+	mmap_read_unlock(current->mm);
+	return err;
+}
+
 static long testing_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
 	struct testing *testing = file->private_data;
@@ -78,6 +94,13 @@ static long testing_ioctl(struct file *file, unsigned int cmd, unsigned long arg
 	case CKPT_TESTING_END:
 		testing_end(testing);
 		return 0;
+	case CKPT_TESTING_LOCK:
+		return testing_lock(testing);
+	case CKPT_TESTING_IS_LOCKED:
+		return READ_ONCE(testing->locked);
+	case CKPT_TESTING_UNLOCK:
+		complete(&testing->unlock);
+		return 0;
 	default:
 		return -ENOTTY;
 	}
@@ -85,8 +108,13 @@ static long testing_ioctl(struct file *file, unsigned int cmd, unsigned long arg
 
 static int testing_open(struct inode *inode, struct file *file)
 {
-	file->private_data = kzalloc(sizeof(struct testing), GFP_KERNEL);
-	return file->private_data ? 0 : -ENOMEM;
+	struct testing *testing = kzalloc(sizeof(*testing), GFP_KERNEL);
+
+	if (!testing)
+		return -ENOMEM;
+	init_completion(&testing->unlock);
+	file->private_data = testing;
+	return 0;
 }
 
 static int testing_release(struct inode *inode, struct file *file)

@@ -14,5 +14,9 @@
 #define CKPT_TESTING_WRITE _IO(0xD8, 3)
 /* Gives it back. Closing does so too. */
 #define CKPT_TESTING_END _IO(0xD8, 4)
+/* Locks the caller's memory, as a fault that waits for a disk, and waits for UNLOCK. */
+#define CKPT_TESTING_LOCK _IO(0xD8, 5)
+#define CKPT_TESTING_IS_LOCKED _IO(0xD8, 6)
+#define CKPT_TESTING_UNLOCK _IO(0xD8, 7)
 
 #endif /* CKPT_TESTING_H */

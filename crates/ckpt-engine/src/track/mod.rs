@@ -42,6 +42,9 @@ use watch::Watch;
 const NOTHING_KNOWN: &str = "nothing is known of earlier writes: it is the first incremental dump since the job was started or restored, or \
                              one was killed";
 
+/// Why one is full that would take nothing from the last one.
+const NONE_WATCHED: &str = "the writes of none of its processes have been watched since the last one";
+
 /// Why one is full after another engine's.
 const OTHER_ENGINE: &str = "the engine of the last incremental dump watched writes in another way";
 
@@ -220,8 +223,10 @@ impl Tracker {
             Some(p) if w.watch.is_lost(p) => false,
             found => found.is_some(),
         });
-        let parent = if full_because.is_none() { tracking.parent } else { None };
+        let is_of_use = full_because.is_none() && !tracking.processes.is_empty();
+        let parent = tracking.parent.filter(|_| is_of_use);
         let full_because = match (parent, full_because) {
+            (None, None) if tracking.parent.is_some() => Some(NONE_WATCHED.to_owned()),
             (None, None) => Some(NOTHING_KNOWN.to_owned()),
             (_, because) => because,
         };
