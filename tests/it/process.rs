@@ -6,7 +6,7 @@ use std::time::Duration;
 use ckpt_tests::{
     Failure,
     guest::{Guest, passes},
-    proof::{each_user, with_ready_job},
+    proof::{each_ready_job, each_user, with_ready_job},
     user::Users,
 };
 
@@ -38,6 +38,18 @@ fn memory_at_its_limit_is_refused_with_what_to_do() {
             })
         });
     }
+}
+
+/// The kernel reads it as none but the hard one: else nothing could run.
+#[test]
+fn no_data_allowed_is_no_limit() {
+    let guest = Guest::new("mem_private_anon").run_under(&["sh", "-c", "ulimit -S -d 0; exec \"$@\"", "sh"]);
+    each_ready_job("limits-no-data", Users::Both, &guest, |sandbox, job, nonce| {
+        job.dump(&[])?;
+        job.kill()?;
+        job.restore(None, &[])?;
+        passes(sandbox, nonce)
+    });
 }
 
 ckpt_tests::guest_tests! {

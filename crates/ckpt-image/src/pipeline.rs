@@ -29,6 +29,8 @@ use crate::writer::{Summary, ZeroPages};
 pub(crate) const BUFFER_BYTES: usize = MAX_RUN_PAGES as usize * PAGE_SIZE;
 /// Pieces in a batch, so that many small ones do not need much memory.
 const MAX_PIECES: usize = 1024;
+/// Origins in a batch: each may hold a descriptor.
+const MAX_ORIGINS: usize = 8;
 /// Batches on their way.
 const MAX_AHEAD: u64 = 8;
 /// More threads than these would need more memory than a dump is to take.
@@ -161,11 +163,19 @@ pub(crate) struct Batch {
     /// None: all is read from elsewhere, into the worker's.
     pub(crate) buffer: Option<Buffer>,
     pub(crate) used: usize,
+    origins: Vec<Arc<dyn Origin>>,
 }
 
 impl Batch {
-    pub(crate) fn is_full(&self) -> bool {
-        self.pieces.len() >= MAX_PIECES
+    /// Adds a piece; true if the batch is full then.
+    pub(crate) fn add(&mut self, piece: Piece) -> bool {
+        if let Piece::Pages { origin: Some((origin, _)), .. } = &piece
+            && !self.origins.last().is_some_and(|last| Arc::ptr_eq(last, origin))
+        {
+            self.origins.push(Arc::clone(origin));
+        }
+        self.pieces.push(piece);
+        self.pieces.len() >= MAX_PIECES || self.origins.len() >= MAX_ORIGINS
     }
 }
 

@@ -483,8 +483,7 @@ impl Writer {
     }
 
     fn add(&mut self, piece: Piece) -> Result<(), WriteError> {
-        self.batch.pieces.push(piece);
-        if self.batch.is_full() { self.submit() } else { Ok(()) }
+        if self.batch.add(piece) { self.submit() } else { Ok(()) }
     }
 
     /// Hands the pieces gathered so far over.

@@ -287,6 +287,11 @@ pub fn keep_off(thread: Pid) {
     }
 }
 
+/// Lets another thread of this process run wherever this one may.
+pub fn keep_off_no_more(thread: Pid) {
+    let _ = affinity(Pid::from_raw(0)).and_then(|allowed| set_affinity(thread, &allowed));
+}
+
 /// The calling thread.
 pub fn this() -> Pid {
     nix::unistd::gettid()

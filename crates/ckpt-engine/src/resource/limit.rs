@@ -5,7 +5,7 @@ use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
-use crate::model::process::{Process, read_proc_text};
+use crate::model::process::read_proc_text;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -38,10 +38,18 @@ const NAMES: [&str; COUNT] = [
 const DATA: usize = 2;
 const AS: usize = 9;
 
-/// Bytes of private memory that a dump maps in a process for a moment.
-fn room(p: &Process) -> u64 {
-    // The code that makes a process dumpable has pages of its own.
-    if p.closed { 2 * SCRATCH_BYTES } else { SCRATCH_BYTES }
+/// The bytes that the kernel lets a process map (mm/mmap.c, may_expand_vm); `None`: any number.
+fn allowed(n: usize, soft: u64, hard: u64) -> Option<u64> {
+    match n {
+        // Nobody could use none at all: the hard one counts then.
+        DATA if soft == 0 => Some(hard),
+        DATA if std::fs::read_to_string("/sys/module/kernel/parameters/ignore_rlimit_data")
+            .is_ok_and(|text| text.starts_with('Y')) =>
+        {
+            None
+        }
+        _ => Some(soft),
+    }
 }
 
 /// Limits of a process by number: soft, hard; u64::MAX for none.
@@ -102,12 +110,14 @@ impl Resource for LimitResource {
                 // Not from /proc, where it takes long to make the text: the job may stand still.
                 let Ok((soft, hard)) = ckpt_sys::task::limit(p.host, n as u32) else { continue };
                 let used = kib.unwrap_or(0) << 10;
-                let needed = used.saturating_add(room(p));
-                if needed > soft {
+                let needed = used.saturating_add(SCRATCH_BYTES);
+                // Asked last, as it may read a file.
+                if needed > soft
+                    && let Some(allowed) = allowed(n, soft, hard).filter(|allowed| needed > *allowed)
+                {
                     let what = format!(
-                        "it uses {used} of the {soft} bytes that its {} allows, and a dump needs {} bytes in it for a moment",
+                        "it uses {used} of the {allowed} bytes that its {} allows, and a dump needs {SCRATCH_BYTES} bytes in it for a moment",
                         NAMES[n],
-                        room(p)
                     );
                     // With a colon the hard limit stays.
                     let keep = if needed > hard { "" } else { ":" };

@@ -71,7 +71,7 @@ impl Cow {
         let mut obstacles = BTreeMap::new();
         if stays_frozen {
             let still = Ready { device, still: true, obstacles, needs_bytes: 0, duplicate_limit_bytes };
-            return Ok(if device { Box::new(still) } else { Box::new(Still) });
+            return Ok(if device { Box::new(still) } else { Box::new(Still::default()) });
         }
         if let Some(why) = host_obstacle() {
             obstacles.extend(job.live().map(|p| (p.pid, why.to_owned())));
@@ -274,7 +274,7 @@ impl Prepared for Ready {
         collected: &Collected,
     ) -> Result<Box<dyn Snapshot>, DumpError> {
         if self.still {
-            return Ok(Box::new(Still));
+            return Ok(Box::new(Still::of(frozen)));
         }
         self.take(frozen, collected, None)
     }
@@ -335,7 +335,7 @@ impl Ready {
             (true, true) => super::copy::NAME,
         };
         let account = Account { engine, reasons: reasons.into_texts(), held_bytes, duplicated_bytes: None };
-        let still = self.still;
+        let still = self.still.then(|| Still::of(frozen));
         Ok(Box::new(Copies { parts, account, guard, copies, kept, still, reader: None, settled: false }))
     }
 }
@@ -424,7 +424,7 @@ struct Copies {
     guard: Guard,
     copies: BTreeMap<i32, CopyProcess>,
     kept: BTreeMap<i32, Kept>,
-    still: bool,
+    still: Option<Still>,
     reader: Option<(i32, pages::Reader)>,
     settled: bool,
 }
@@ -514,7 +514,8 @@ impl Snapshot for Copies {
         if self.settled {
             self.check()?;
         }
-        if self.still {
+        if let Some(still) = &self.still {
+            still.check()?;
             self.account.duplicated_bytes = Some(0);
         } else if self.kept.is_empty() {
             self.account.duplicated_bytes = Some(self.guard.duplicated_bytes());
@@ -538,16 +539,41 @@ impl Drop for Copies {
 }
 
 /// The snapshot of a job that stays frozen: its memory is read where it is.
-#[derive(Debug)]
-struct Still;
+#[derive(Debug, Default)]
+struct Still {
+    /// A thread of each of its processes, as ckpt sees it, and the process as the job sees it.
+    processes: Vec<(Pid, i32)>,
+}
+
+impl Still {
+    fn of(frozen: &FrozenJob) -> Still {
+        let thread = |p: &Process| p.threads.first().map_or(p.host, |t| t.host);
+        Still { processes: frozen.job.live().map(|p| (thread(p), p.pid)).collect() }
+    }
+
+    /// Whether all still stand: the memory of one that was killed reads as having no pages.
+    fn check(&self) -> Result<(), DumpError> {
+        match self.processes.iter().find(|(thread, _)| ckpt_sys::ptrace::registers(*thread).is_err()) {
+            None => Ok(()),
+            Some((_, pid)) => {
+                let what = "it was killed by somebody else while its memory was read";
+                Err(DumpError::errno(*pid, what)(Errno::ESRCH))
+            }
+        }
+    }
+}
 
 impl Prepared for Still {
     fn needs_bytes(&self) -> u64 {
         0
     }
 
-    fn snapshot(self: Box<Self>, _: &mut FrozenJob, _: &Collected) -> Result<Box<dyn Snapshot>, DumpError> {
-        Ok(self)
+    fn snapshot(
+        self: Box<Self>,
+        frozen: &mut FrozenJob,
+        _: &Collected,
+    ) -> Result<Box<dyn Snapshot>, DumpError> {
+        Ok(Box::new(Still::of(frozen)))
     }
 }
 
@@ -557,6 +583,7 @@ impl Snapshot for Still {
     }
 
     fn finish(&mut self) -> Result<Account, DumpError> {
+        self.check()?;
         let reasons = vec!["the job stays frozen until it ends: its memory is read where it is".to_owned()];
         Ok(Account { engine: NAME, reasons, duplicated_bytes: Some(0), ..Account::default() })
     }

@@ -145,6 +145,8 @@ impl Shared {
                 std::hint::spin_loop();
                 state = self.lock();
             } else {
+                // Where it is, somebody more important may run for long.
+                state.tid.into_iter().for_each(ckpt_sys::task::keep_off_no_more);
                 state = self.wait(state);
             }
         }

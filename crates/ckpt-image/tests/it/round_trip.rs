@@ -165,6 +165,23 @@ fn content_is_read_by_whoever_writes_it() {
 }
 
 #[test]
+fn few_origins_are_kept() {
+    let scratch = Scratch::new("origins");
+    let mut writer = Writer::create(scratch.path(), sample_features(), Compression::None).unwrap();
+    let mut given = Vec::new();
+    for n in 0..1000 {
+        let memory: Arc<dyn Origin> = Arc::new(Memory(vec![1; PAGE_SIZE], 0));
+        given.push(Arc::downgrade(&memory));
+        let offset = n * PAGE_SIZE as u64;
+        writer.pages_from(1, offset, PAGE_SIZE, ZeroPages::Elide, &memory, 0).unwrap();
+        drop(memory);
+        let kept = given.iter().filter(|origin| origin.strong_count() > 0).count();
+        assert!(kept <= 100, "{kept} of {}", given.len());
+    }
+    assert_eq!(writer.finish().unwrap().data_pages, 1000);
+}
+
+#[test]
 fn content_that_cannot_be_had_ends_the_image() {
     let memory: Arc<dyn Origin> = Arc::new(Memory(vec![1; 4 << 20], 0));
     // Handed over to another thread, or still the caller's.
