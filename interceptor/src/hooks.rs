@@ -546,7 +546,9 @@ impl Depth {
     /// What [`Self::take`] returned, or 0.
     fn give_back(&self, place: u32) {
         if place == COUNTED {
-            ckpt_control.in_flight[IN_FLIGHT_CRITICAL].fetch_sub(1, Ordering::SeqCst);
+            // Checked: in the child of a handler that has forked it may be 0 by now.
+            let count = &ckpt_control.in_flight[IN_FLIGHT_CRITICAL];
+            let _ = count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |count| count.checked_sub(1));
         } else if let Some(place) = ckpt_control.sections.get((place as usize).wrapping_sub(1)) {
             // A handler that was noted here, too, has given it back: it may be another thread's.
             let tid = self.tid.load(Ordering::Relaxed);
@@ -608,8 +610,8 @@ pub unsafe extern "C" fn ckpt_interceptor_critical_begin(name: *const c_char) ->
             return OK;
         }
         if pid() != me {
-            // A handler has forked, and this is the child: what is noted may be in its block, or its parent's.
-            depth.give_back(depth.place.swap(0, Ordering::SeqCst));
+            // A handler has forked, and this is the child, with this thread alone. All anew, also what the handler has done there.
+            hooks().owner.store(0, Ordering::SeqCst);
             depth.owner.store(0, Ordering::SeqCst);
             continue;
         }
