@@ -91,6 +91,11 @@ static void *ckpt_dlsym_(void *, const char *) __attribute__((weakref("dlsym")))
 
 typedef void (*ckpt_function_)(void);
 
+/* Stands for what was looked for in vain. */
+static inline void ckpt_absent_(void)
+{
+}
+
 static inline ckpt_function_ ckpt_find_(const char *name, ckpt_function_ *found)
 {
 #ifdef CKPT_FOUND_AT_RUN_TIME_
@@ -104,10 +109,10 @@ static inline ckpt_function_ ckpt_find_(const char *name, ckpt_function_ *found)
 
 		/* A null handle is RTLD_DEFAULT: all that is loaded. */
 		symbol.data = ckpt_dlsym_((void *)0, name);
-		function = symbol.function;
+		function = symbol.function ? symbol.function : ckpt_absent_;
 		__atomic_store_n(found, function, __ATOMIC_RELAXED);
 	}
-	return function;
+	return function == ckpt_absent_ ? (ckpt_function_)0 : function;
 #else
 	(void)name;
 	(void)found;
@@ -148,8 +153,12 @@ static inline int ckpt_hooks_unregister(int number)
 /*
  * Begins a critical section of the calling thread: until its end no dump is made, whatever ckpt dump was told; one that is asked for
  * waits, and is refused after --barrier-timeout, naming the process and the section. If a dump is being made already, this
- * call waits until that is over. Sections nest. They end with their thread, however that ends; a forked child is in none.
+ * call waits until that is over. Sections nest. They end with their thread, however that ends (with more than 64 threads of a
+ * process in sections at a time, one beyond these that ends in its section still holds off dumps); a forked child is in none.
  * name is for messages, may be NULL, and is cut to 31 bytes. Returns CKPT_OK, CKPT_NOT_UNDER_CKPT.
+ *
+ * Signal handlers may begin and end sections, if they end what they begin and don't leave by siglongjmp(3). Each of the two calls
+ * must have been made before outside of a handler, in the same source file: the first one looks for the function, by dlsym(3).
  */
 static inline int ckpt_critical_begin(const char *name)
 {

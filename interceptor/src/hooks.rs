@@ -16,7 +16,8 @@
 //! begins anew: no registration, no critical section. The dumper looks at `owner`, too.
 //!
 //! # Limits
-//! [`MOST`] registrations at a time. A callback that registers finds no room made for it by those that have gone. None of the functions may be called by signal handlers.
+//! [`MOST`] registrations at a time. A callback that registers finds no room made for it by those that have gone. Signal handlers
+//! may call only the functions of critical sections, see [`Depth`].
 
 use crate::gate;
 use crate::{ckpt_control, real};
@@ -169,9 +170,23 @@ impl Drop for Locked {
     }
 }
 
-/// Makes the block that of this process: after a fork nothing in it holds.
-fn own() {
+/// Makes the block that of this process, whose pid it returns: after a fork nothing in it holds.
+fn own() -> u32 {
     let me = pid();
+    if hooks().owner.load(Ordering::Acquire) == me {
+        return me;
+    }
+    // A signal handler of this thread would wait for it for ever; and it may fork.
+    let mut before: u64 = 0;
+    set_mask(&u64::MAX, &raw mut before);
+    let me = pid();
+    take_over(me);
+    set_mask(&before, core::ptr::null_mut());
+    me
+}
+
+/// [`own`], if it is not that of this process yet.
+fn take_over(me: u32) {
     loop {
         let owner = hooks().owner.load(Ordering::Acquire);
         if owner == me {
@@ -199,6 +214,13 @@ fn own() {
         hooks().owner.store(me, Ordering::Release);
         return;
     }
+}
+
+/// Sets the mask of signals of this thread; the one before is stored at `old` unless that is null.
+fn set_mask(new: &u64, old: *mut u64) {
+    let how = c_long::from(libc::SIG_SETMASK);
+    // SAFETY: reads one mask, writes the other, which all callers have on their stacks; both have the kernel's eight bytes.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const *new, old, 8 as c_long) };
 }
 
 // --- Registrations ---
@@ -293,11 +315,6 @@ fn start_thread() -> bool {
     // SIGCANCEL and SIGSETXID of glibc stay: setuid(2) waits until every thread has heeded the latter.
     let all: u64 = !(1 << 31 | 1 << 32);
     let mut before: u64 = 0;
-    let set_mask = |new: &u64, old: *mut u64| {
-        let how = c_long::from(libc::SIG_SETMASK);
-        // SAFETY: reads one mask, writes the other; both have the kernel's eight bytes.
-        unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &raw const *new, old, 8 as c_long) };
-    };
     let mut thread: libc::pthread_t = 0;
     // What was asked while nobody looked is not for registrations made since: a restore asks without looking for a thread.
     hooks().acknowledged.store(hooks().request.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -440,31 +457,74 @@ fn restore() {
 // --- Critical sections ---
 
 /// Of a thread: how deep it is in critical sections, in which process that is.
+///
+/// # Signal handlers
+/// One may begin and end sections wherever it interrupts this thread. It ends those that it begins, so that it leaves `depth` as it
+/// was, but for a fork. What is to hold is that whoever is in a section is noted, and that nobody is whose `depth` stays 0:
+/// - `place` is stored after the thread is noted and swapped out before it no longer is: who finds one there is noted, and one place
+///   is given back once. Only who brings `depth` to 0 gives it back.
+/// - [`Depth::enter`] raises `depth` first. A handler after that is nested: if there is no `place` yet, it notes the thread, and leaves
+///   it noted, as `depth` stays above 0; [`Depth::note`] finds that.
+/// - [`Depth::leave`] lowers `depth` first. To a handler after that its section is the outermost: it is noted, by what is still
+///   there or anew, and at its end it gives `place` back, which is then not there for the one that it interrupted.
+/// - Who waits at the gate has left before: `depth` is 0 and nothing noted, as if it had not begun. (A handler that waits between
+///   the two steps by which the one that it interrupted ceases to be counted holds off that dump, not longer than the gate is closed.)
+/// - A handler that forks within begin is noticed at its end, by the pid; within [`Depth::leave`] the child finds nothing to lower or to
+///   give back.
 #[repr(C)]
 struct Depth {
-    owner: u32,
-    depth: u32,
-    place: Place,
-    padding: u32,
+    owner: AtomicU32,
+    depth: AtomicU32,
+    /// Where the thread is noted: one more than its index in `sections`; [`COUNTED`] if there was no room; 0 if it isn't.
+    place: AtomicU32,
+    tid: AtomicU32,
 }
 
-/// Where a thread in critical sections is noted: one more than its index in `sections`; 0 if it is counted, as there was no room.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct Place(u32);
+/// In no place, but counted in `in_flight`.
+const COUNTED: u32 = u32::MAX;
 
-impl Place {
-    /// Notes the thread `tid` of the process `me`.
-    fn take(me: u32, tid: u32) -> Place {
+impl Depth {
+    /// Into a section, noted. Whether it is the outermost.
+    fn enter(&self, me: u32) -> bool {
+        let deeper = |depth: u32| Some(depth.saturating_add(1));
+        let before = self.depth.fetch_update(Ordering::SeqCst, Ordering::SeqCst, deeper);
+        self.note(me);
+        before == Ok(0)
+    }
+
+    /// Out of a section. False if it was in none.
+    fn leave(&self) -> bool {
+        let before =
+            self.depth.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |depth| depth.checked_sub(1));
+        if before == Ok(1) {
+            self.give_back(self.place.swap(0, Ordering::SeqCst));
+        }
+        before.is_ok()
+    }
+
+    /// Notes the thread, unless it is.
+    fn note(&self, me: u32) {
+        if self.place.load(Ordering::SeqCst) != 0 {
+            return;
+        }
+        let taken = self.take(me);
+        match self.place.compare_exchange(0, taken, Ordering::SeqCst, Ordering::SeqCst) {
+            // By a handler, meanwhile: in the same place, or once too often.
+            Err(held) if held != taken || held == COUNTED => self.give_back(taken),
+            _ => {}
+        }
+    }
+
+    /// Takes a place, or is counted.
+    fn take(&self, me: u32) -> u32 {
         let places = &ckpt_control.sections;
+        let tid = self.tid.load(Ordering::Relaxed);
         let swap = |place: &AtomicU32, from| {
             place.compare_exchange(from, tid, Ordering::SeqCst, Ordering::Relaxed).is_ok()
         };
-        let free = |place: &AtomicU32| match place.load(Ordering::Relaxed) {
-            0 => swap(place, 0),
-            // Left by a thread that had the same id.
-            other => other == tid && swap(place, tid),
-        };
+        // Taken by the one that a handler has interrupted, or left by a thread that had the same id.
+        let own = |place: &AtomicU32| place.load(Ordering::Relaxed) == tid && swap(place, tid);
+        let free = |place: &AtomicU32| place.load(Ordering::Relaxed) == 0 && swap(place, 0);
         let left = |place: &AtomicU32| {
             let other = place.load(Ordering::Relaxed);
             // SAFETY: tgkill(2) with signal 0 only looks whether there is such a thread.
@@ -473,19 +533,26 @@ impl Place {
             } == 0;
             !is_there && swap(place, other)
         };
-        match places.iter().position(free).or_else(|| places.iter().position(left)) {
-            Some(at) => Place(at as u32 + 1),
+        let at = places.iter().position(own).or_else(|| places.iter().position(free));
+        match at.or_else(|| places.iter().position(left)) {
+            Some(at) => at as u32 + 1,
             None => {
                 ckpt_control.in_flight[IN_FLIGHT_CRITICAL].fetch_add(1, Ordering::SeqCst);
-                Place(0)
+                COUNTED
             }
         }
     }
 
-    fn leave(self) {
-        match self.0.checked_sub(1).and_then(|at| ckpt_control.sections.get(at as usize)) {
-            Some(place) => place.store(0, Ordering::SeqCst),
-            None => _ = ckpt_control.in_flight[IN_FLIGHT_CRITICAL].fetch_sub(1, Ordering::SeqCst),
+    /// What [`Self::take`] returned, or 0.
+    fn give_back(&self, place: u32) {
+        if place == COUNTED {
+            // Checked: in the child of a handler that has forked it may be 0 by now.
+            let count = &ckpt_control.in_flight[IN_FLIGHT_CRITICAL];
+            let _ = count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |count| count.checked_sub(1));
+        } else if let Some(place) = ckpt_control.sections.get((place as usize).wrapping_sub(1)) {
+            // A handler that was noted here, too, has given it back: it may be another thread's.
+            let tid = self.tid.load(Ordering::Relaxed);
+            let _ = place.compare_exchange(tid, 0, Ordering::SeqCst, Ordering::Relaxed);
         }
     }
 }
@@ -505,11 +572,11 @@ core::arch::global_asm!(
 );
 
 /// That of the calling thread, in its present process.
-fn depth(me: u32) -> &'static mut Depth {
-    let at: *mut Depth;
+fn depth(me: u32) -> &'static Depth {
+    let at: *const Depth;
     // SAFETY: the address of a thread-local variable in the initial-exec model: the thread pointer and the offset that the
-    // loader has put into the table of offsets. The variable is zero in a new thread, which is a valid `Depth`, and the
-    // only reference to it is that of the function that is running.
+    // loader has put into the table of offsets. The variable is zero in a new thread, which is a valid `Depth`; it is there as
+    // long as the thread, which alone uses it.
     let depth = unsafe {
         core::arch::asm!(
             "mov {at}, qword ptr fs:[0]",
@@ -517,10 +584,14 @@ fn depth(me: u32) -> &'static mut Depth {
             at = out(reg) at,
             options(nostack, readonly),
         );
-        &mut *at
+        &*at
     };
-    if depth.owner != me {
-        *depth = Depth { owner: me, depth: 0, place: Place(0), padding: 0 };
+    if depth.owner.load(Ordering::SeqCst) != me {
+        depth.depth.store(0, Ordering::SeqCst);
+        depth.place.store(0, Ordering::SeqCst);
+        depth.tid.store(tid(), Ordering::SeqCst);
+        // Last: until then a handler does all this, too.
+        depth.owner.store(me, Ordering::SeqCst);
     }
     depth
 }
@@ -531,50 +602,45 @@ fn depth(me: u32) -> &'static mut Depth {
 /// `name` is null or a NUL-terminated string.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ckpt_interceptor_critical_begin(name: *const c_char) -> c_int {
-    own();
-    let me = pid();
-    let depth = depth(me);
-    if depth.depth == 0 {
-        loop {
-            // Noted first: either the dumper sees that, or this sees the gate that it has closed.
-            depth.place = Place::take(me, tid());
-            if !gate::is_closed() || now_ns() >= ckpt_control.gate_deadline_ns.load(Ordering::Relaxed) {
+    loop {
+        let me = own();
+        let depth = depth(me);
+        // Noted first: either the dumper sees that, or this sees the gate that it has closed.
+        if !depth.enter(me) {
+            return OK;
+        }
+        if pid() != me {
+            // A handler has forked, and this is the child, with this thread alone. All anew, also what the handler has done there.
+            hooks().owner.store(0, Ordering::SeqCst);
+            depth.owner.store(0, Ordering::SeqCst);
+            continue;
+        }
+        if !gate::is_closed() || now_ns() >= ckpt_control.gate_deadline_ns.load(Ordering::Relaxed) {
+            break;
+        }
+        depth.leave();
+        gate::wait();
+    }
+    let mut bytes = [0u8; SECTION_BYTES];
+    if !name.is_null() {
+        for (at, byte) in bytes[..SECTION_BYTES - 1].iter_mut().enumerate() {
+            // SAFETY: not beyond the NUL.
+            *byte = unsafe { *name.add(at) } as u8;
+            if *byte == 0 {
                 break;
             }
-            depth.place.leave();
-            gate::wait();
-        }
-        let mut bytes = [0u8; SECTION_BYTES];
-        if !name.is_null() {
-            for (at, byte) in bytes[..SECTION_BYTES - 1].iter_mut().enumerate() {
-                // SAFETY: not beyond the NUL.
-                *byte = unsafe { *name.add(at) } as u8;
-                if *byte == 0 {
-                    break;
-                }
-            }
-        }
-        for (word, bytes) in hooks().section.iter().zip(bytes.as_chunks::<4>().0) {
-            word.store(u32::from_ne_bytes(*bytes), Ordering::Relaxed);
         }
     }
-    depth.depth = depth.depth.saturating_add(1);
+    for (word, bytes) in hooks().section.iter().zip(bytes.as_chunks::<4>().0) {
+        word.store(u32::from_ne_bytes(*bytes), Ordering::Relaxed);
+    }
     OK
 }
 
 /// `ckpt_critical_end`.
 #[unsafe(no_mangle)]
 pub extern "C" fn ckpt_interceptor_critical_end() -> c_int {
-    own();
-    let depth = depth(pid());
-    if depth.depth == 0 {
-        return NOT_HERE;
-    }
-    depth.depth -= 1;
-    if depth.depth == 0 {
-        depth.place.leave();
-    }
-    OK
+    if depth(own()).leave() { OK } else { NOT_HERE }
 }
 
 // --- "Dump me now" ---
@@ -588,9 +654,9 @@ static TICKETS: AtomicU32 = AtomicU32::new(0);
 /// `checkpoint` is null or may be written to.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ckpt_interceptor_dump_now(timeout_ms: u32, checkpoint: *mut u64) -> c_int {
-    own();
+    let me = own();
     let own = hooks();
-    if depth(pid()).depth > 0 || tid() == own.thread.load(Ordering::Relaxed) {
+    if depth(me).depth.load(Ordering::Relaxed) > 0 || tid() == own.thread.load(Ordering::Relaxed) {
         return NOT_HERE;
     }
     // SAFETY: neither call has preconditions.

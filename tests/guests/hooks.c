@@ -14,8 +14,10 @@
 
 #include "../../include/ckpt-hooks.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 
 /* What can't be dumped: on_dump closes it. */
 static int refused = -1;
@@ -165,6 +167,69 @@ static void end_threads(pthread_t *threads, int count)
 			MUST0(pthread_cancel(threads[n]));
 		MUST0(pthread_join(threads[n], NULL));
 	}
+}
+
+/* The fields "sections" and "in_flight" of the control word: whether the thread is noted, how many are not but counted. */
+static const uint32_t *control;
+static int handled;
+
+static uint32_t counted(void)
+{
+	return __atomic_load_n(&control[64 / 4 + 4], __ATOMIC_SEQ_CST);
+}
+
+static bool is_noted(pid_t tid)
+{
+	for (int n = 0; n < 64; n++)
+		if (__atomic_load_n(&control[640 / 4 + n], __ATOMIC_SEQ_CST) == (uint32_t)tid)
+			return true;
+	return false;
+}
+
+static void short_section(void)
+{
+	EXPECT_EQ("begin", CKPT_OK, ckpt_critical_begin(NULL));
+	int before = ckpt_restore_count();
+	/* With room for it, nobody is counted. */
+	EXPECT(is_noted((pid_t)syscall(SYS_gettid)) || counted());
+	EXPECT_EQ("restores within a critical section", before, ckpt_restore_count());
+	EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
+}
+
+static void on_alarm(int signal)
+{
+	int error = errno;
+
+	(void)signal;
+	short_section();
+	__atomic_add_fetch(&handled, 1, __ATOMIC_SEQ_CST);
+	errno = error;
+}
+
+/* Sections of this thread, until so many handlers had theirs within it or between two, and there is a file. */
+static void be_interrupted(int times, const char *file)
+{
+	struct itimerval often = { { 0, 50 }, { 0, 50 } };
+
+	__atomic_store_n(&handled, 0, __ATOMIC_SEQ_CST);
+	MUST(setitimer(ITIMER_REAL, &often, NULL));
+	do
+		for (int n = 0; n < 100; n++)
+			short_section();
+	while (__atomic_load_n(&handled, __ATOMIC_SEQ_CST) < times || !guest_exists(file));
+	MUST(setitimer(ITIMER_REAL, &(struct itimerval){ 0 }, NULL));
+}
+
+static void *sections_of_another(void *stop)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGALRM);
+	MUST0(pthread_sigmask(SIG_BLOCK, &set, NULL));
+	while (!__atomic_load_n((int *)stop, __ATOMIC_SEQ_CST))
+		short_section();
+	return NULL;
 }
 
 static void wait_in_section(void)
@@ -349,6 +414,29 @@ int main(int argc, char **argv)
 		EXPECT_EQ("begin", CKPT_OK, ckpt_critical_begin("its own"));
 		EXPECT_EQ("end", CKPT_OK, ckpt_critical_end());
 		guest_ok();
+	} else if (!strcmp(mode, "handlers")) {
+		pthread_t threads[64];
+		int stop = 0;
+		struct sigaction action = { .sa_handler = on_alarm, .sa_flags = SA_RESTART };
+
+		control = dlsym(RTLD_DEFAULT, "ckpt_control");
+		EXPECT(control);
+		MUST(sigaction(SIGALRM, &action, NULL));
+		short_section();
+		MUST0(pthread_create(&threads[0], NULL, sections_of_another, &stop));
+		guest_ready();
+		be_interrupted(20000, "leave");
+		__atomic_store_n(&stop, 1, __ATOMIC_SEQ_CST);
+		MUST0(pthread_join(threads[0], NULL));
+		for (int n = 0; n < 64; n++)
+			EXPECT_EQ("a place after all sections", 0, control[640 / 4 + n]);
+		EXPECT_EQ("counted after all sections", 0, counted());
+		/* All places taken: it is counted. */
+		begin_sections(threads, 64);
+		be_interrupted(20000, "leave");
+		EXPECT_EQ("counted after its sections", 0, counted());
+		end_threads(threads, 64);
+		finish();
 	} else if (!strcmp(mode, "steps")) {
 		pthread_t threads[2];
 

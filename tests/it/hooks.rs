@@ -536,6 +536,18 @@ fn short_sections_are_never_hit() {
     });
 }
 
+#[test]
+fn sections_of_signal_handlers_are_sections() {
+    mode("handlers", &["handlers"], |sandbox, job| {
+        for _ in 0..2 {
+            job.dump(&["--barrier-timeout", "20s"])?;
+        }
+        job.kill()?;
+        job.restore(None, &[])?;
+        tell(sandbox, "leave")
+    });
+}
+
 // --- "Dump me now" ---
 
 fn guest_now(sandbox: &Sandbox) -> Outcome<Vec<String>> {

@@ -36,8 +36,8 @@
 //!
 //! # Limits
 //! A reader must check `magic`, then `version`, then `size`, and treat a process where one of them is not
-//! what it knows as a process without the interceptor. So are those with version 1, which had no gate. The
-//! layout of a version never changes.
+//! what it knows as a process without the interceptor. So are those with version 1, which had no gate, and with
+//! version 2, which counted all threads in critical sections. The layout of a version never changes.
 
 use crate::hooks::{COPY_BYTES, COPY_OFFSET, Copy, HOOKS_OFFSET, Hooks, MOST_SECTIONS};
 use core::mem::offset_of;
@@ -58,7 +58,7 @@ pub const OPT_OUT_VARIABLE: &str = "CKPT_NO_INTERCEPTOR";
 pub const CONTROL_MAGIC: u64 = u64::from_le_bytes(*b"CKPTCTL\0");
 
 /// Version of the layout described here.
-pub const CONTROL_VERSION: u32 = 2;
+pub const CONTROL_VERSION: u32 = 3;
 
 /// Size of the control word in bytes: one page, and aligned to one.
 pub const CONTROL_SIZE_BYTES: usize = 4096;
@@ -233,7 +233,7 @@ mod tests {
     fn golden() -> [u8; CONTROL_SIZE_BYTES] {
         let mut bytes = [0; CONTROL_SIZE_BYTES];
         bytes[..8].copy_from_slice(b"CKPTCTL\0");
-        bytes[8] = 2;
+        bytes[8] = 3;
         bytes[13] = 0x10;
         bytes[16] = 1;
         bytes[24] = 7;
@@ -259,10 +259,12 @@ mod tests {
     }
 
     #[test]
-    fn the_first_version_is_not_taken_for_this_one() {
-        let mut bytes = golden();
-        bytes[8] = 1;
-        assert_eq!(decode_control(&bytes), None);
+    fn other_versions_are_not_taken_for_this_one() {
+        for version in [0, 1, 2, 4] {
+            let mut bytes = golden();
+            bytes[8] = version;
+            assert_eq!(decode_control(&bytes), None, "version {version}");
+        }
     }
 
     #[test]
