@@ -237,7 +237,14 @@ impl Supervisor {
                             return self.run_ended(main_ended);
                         }
                     }
-                    Notice::Lost => return self.run_ended(main_ended),
+                    Notice::Lost => {
+                        // It may have ended before it was asked to tell of its end.
+                        let status = match main_ended {
+                            Some(status) => Some(status),
+                            None => self.registry.exit_status(&self.job.name)?,
+                        };
+                        return self.run_ended(status);
+                    }
                 }
             }
         }
