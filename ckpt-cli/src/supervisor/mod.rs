@@ -177,13 +177,10 @@ impl Supervisor {
                 Ok(watch) => watch,
                 Err(error) if self.registry.is_live(&self.job.name)? => return Err(error.into()),
                 // It has ended already.
-                Err(_) => {
-                    let status = self.registry.exit_status(&self.job.name)?;
-                    match self.run_ended(status)? {
-                        End::Failed if self.recover()? => continue,
-                        _ => return Ok(End::Final),
-                    }
-                }
+                Err(_) => match self.run_ended(None)? {
+                    End::Failed if self.recover()? => continue,
+                    _ => return Ok(End::Final),
+                },
             };
             match self.run(&watch)? {
                 End::Leave => {
@@ -237,14 +234,7 @@ impl Supervisor {
                             return self.run_ended(main_ended);
                         }
                     }
-                    Notice::Lost => {
-                        // It may have ended before it was asked to tell of its end.
-                        let status = match main_ended {
-                            Some(status) => Some(status),
-                            None => self.registry.exit_status(&self.job.name)?,
-                        };
-                        return self.run_ended(status);
-                    }
+                    Notice::Lost => return self.run_ended(main_ended),
                 }
             }
         }
@@ -262,6 +252,11 @@ impl Supervisor {
 
     /// The last process of the run is gone.
     fn run_ended(&mut self, status: Option<ExitStatus>) -> Result<End> {
+        // It may have ended before it was asked to tell of its end.
+        let status = match status {
+            Some(status) => Some(status),
+            None => self.registry.exit_status(&self.job.name)?,
+        };
         // A dump that has all of the job's state may still be writing it; one that ended the job is about to say so.
         if let Some(mut dumping) = self.dumping.take() {
             let finished = dumping.command.wait();

@@ -156,6 +156,15 @@ pub(crate) enum Piece {
     Entry(RunEntry),
 }
 
+impl Piece {
+    fn origin(&self) -> Option<&Arc<dyn Origin>> {
+        match self {
+            Piece::Pages { origin: Some((origin, _)), .. } => Some(origin),
+            _ => None,
+        }
+    }
+}
+
 /// Pieces whose content is in one buffer.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
@@ -163,19 +172,19 @@ pub(crate) struct Batch {
     /// None: all is read from elsewhere, into the worker's.
     pub(crate) buffer: Option<Buffer>,
     pub(crate) used: usize,
-    origins: Vec<Arc<dyn Origin>>,
+    origins: usize,
 }
 
 impl Batch {
     /// Adds a piece; true if the batch is full then.
     pub(crate) fn add(&mut self, piece: Piece) -> bool {
-        if let Piece::Pages { origin: Some((origin, _)), .. } = &piece
-            && !self.origins.last().is_some_and(|last| Arc::ptr_eq(last, origin))
+        if let Some(origin) = piece.origin()
+            && !self.pieces.last().and_then(Piece::origin).is_some_and(|last| Arc::ptr_eq(last, origin))
         {
-            self.origins.push(Arc::clone(origin));
+            self.origins += 1;
         }
         self.pieces.push(piece);
-        self.pieces.len() >= MAX_PIECES || self.origins.len() >= MAX_ORIGINS
+        self.pieces.len() >= MAX_PIECES || self.origins >= MAX_ORIGINS
     }
 }
 

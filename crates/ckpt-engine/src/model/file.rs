@@ -2,10 +2,9 @@
 //! Descriptors and the open file descriptions behind them, from /proc/pid/fd and /proc/pid/fdinfo
 //! (proc_pid_fdinfo(5)).
 
-use super::process::read_proc_text;
+use super::process::{read_proc, read_proc_text};
 use crate::error::DumpError;
 use crate::kind::Kind;
-use crate::model::process::read_proc;
 use ckpt_image::codec::{Decode, Encode};
 use ckpt_sys::{Pid, libc};
 use std::os::fd::{AsFd, OwnedFd};

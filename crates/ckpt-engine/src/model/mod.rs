@@ -13,7 +13,7 @@ use file::{Descriptor, FileStat, LastOwner, OpenFile};
 use process::Process;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 /// What the job's init knows about it.
 #[derive(Debug, Clone, Default)]
@@ -88,8 +88,8 @@ pub struct Job {
     pub groups: HashMap<i32, i32>,
     /// Build-ids of mapped files, as *discover* read them.
     pub build_ids: build_id::BuildIds,
-    /// Files that are mapped, by path, as *probe* has seen them.
-    pub mapped: Mutex<HashMap<String, FileStat>>,
+    /// Files that are mapped, by path: [`Job::file_at`].
+    mapped: Mutex<HashMap<String, FileStat>>,
     /// Paths of watched files, found once.
     pub watched: watched::Watched,
     /// Order of descriptors (process as ckpt sees it, number) among those of one inode, as kcmp(2) has it.
@@ -275,6 +275,20 @@ impl Job {
             }
         }
         Ok(())
+    }
+
+    /// The file at a path of the job, looked at once in each observation.
+    ///
+    /// # Errors
+    /// As stat(2).
+    pub fn file_at(&self, path: &str) -> std::io::Result<FileStat> {
+        let mut seen = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stat) = seen.get(path) {
+            return Ok(stat.clone());
+        }
+        let stat = FileStat::of(&std::fs::metadata(self.outside(path))?);
+        seen.insert(path.to_owned(), stat.clone());
+        Ok(stat)
     }
 
     /// Where a file of the job can be looked at from outside: paths are as init has them, whatever root a process has.

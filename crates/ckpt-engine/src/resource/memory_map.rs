@@ -22,8 +22,7 @@ use ckpt_sys::area::AREA_BYTES;
 use ckpt_sys::inject::Query;
 use ckpt_sys::memory::PAGE;
 use ckpt_sys::{Errno, Pid, libc};
-use std::collections::HashMap;
-use std::sync::{OnceLock, PoisonError};
+use std::sync::OnceLock;
 
 /// Version of [`MemoryMapRecord`].
 pub const VERSION: u16 = 1;
@@ -230,14 +229,7 @@ fn refuse_flags(pid: i32, v: &Vma, named: &str, tracked: bool, refusals: &mut Re
     }
 }
 
-/// `at_path`: the files at the paths that were looked at so far.
-fn refuse_vma(
-    job: &Job,
-    p: &Process,
-    v: &Vma,
-    at_path: &mut HashMap<String, FileStat>,
-    refusals: &mut Refusals,
-) {
+fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     if v.is_vdso_part() || super::aio::is_ring(v) {
         return;
     }
@@ -265,19 +257,15 @@ fn refuse_vma(
         refuse_flags(p.pid, v, &named, job.info.tracked.contains(&ProcessId::of(p)), refusals);
     }
     let has_path = v.is_file() && !v.deleted && !v.name.contains("[io_uring]");
-    if has_path && !super::shared_object::is_memory_object(v) {
-        if !at_path.contains_key(&v.name)
-            && let Ok(m) = std::fs::metadata(job.outside(&v.name))
-        {
-            at_path.insert(v.name.clone(), FileStat::of(&m));
-        }
-        if at_path.get(&v.name).is_none_or(|stat| stat.ino != v.ino) {
-            refusals.process(
-                p.pid,
-                format!("{named}: the file at that path is not the one that is mapped"),
-                "it was replaced or renamed; restart the program with the new one",
-            );
-        }
+    if has_path
+        && !super::shared_object::is_memory_object(v)
+        && job.file_at(&v.name).map_or(true, |stat| stat.ino != v.ino)
+    {
+        refusals.process(
+            p.pid,
+            format!("{named}: the file at that path is not the one that is mapped"),
+            "it was replaced or renamed; restart the program with the new one",
+        );
     }
 }
 
@@ -356,11 +344,7 @@ impl MemoryMapResource {
             } else if v.is_file() && own_library(&v.name) {
                 // Stored whole, as anonymous memory: upgrading ckpt must not break old checkpoints.
                 // The loader first maps more of it than there is; what is behind its end can't be read.
-                let seen = cx.job.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-                let bytes = match seen.get(&v.name) {
-                    Some(stat) => stat.size,
-                    None => std::fs::metadata(cx.job.outside(&v.name)).map_err(err(&v.name))?.len(),
-                };
+                let bytes = cx.job.file_at(&v.name).map_err(err(&v.name))?.size;
                 let there = bytes.next_multiple_of(PAGE).saturating_sub(v.offset);
                 if there > 0 {
                     plain.push(Range { bytes: v.bytes().min(there), ..range(v, Pages::All) });
@@ -375,11 +359,7 @@ impl MemoryMapResource {
                     Some(i) => i,
                     None => {
                         let outside = cx.job.outside(&v.name);
-                        let seen = cx.job.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-                        let stat = match seen.get(&v.name) {
-                            Some(stat) => stat.clone(),
-                            None => FileStat::of(&std::fs::metadata(&outside).map_err(err(&v.name))?),
-                        };
+                        let stat = cx.job.file_at(&v.name).map_err(err(&v.name))?;
                         let build_id = cx.job.build_ids.get(outside.as_ref(), &stat);
                         files.push(MappedFile { path, stat, build_id });
                         files.len() - 1
@@ -615,12 +595,11 @@ impl Resource for MemoryMapResource {
     }
 
     fn probe(&self, job: &Job, refusals: &mut Refusals) {
-        let mut at_path = job.mapped.lock().unwrap_or_else(PoisonError::into_inner);
         for p in job.live() {
             // Not for the first time in the freeze.
             let _ = p.vdso().map(|v| own_vdso_hash(v.bytes()));
             for v in &p.vmas {
-                refuse_vma(job, p, v, &mut at_path, refusals);
+                refuse_vma(job, p, v, refusals);
             }
             let exe = std::fs::read_link(format!("/proc/{}/exe", p.host)).unwrap_or_default();
             if exe.to_string_lossy().ends_with(" (deleted)") {

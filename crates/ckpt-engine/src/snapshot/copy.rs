@@ -58,11 +58,7 @@ pub fn keep(pieces: &mut Pieces, source: &Source, piece: Piece<'_>) -> Result<()
     let record = source.zeros == ZeroPages::Record;
     let (offset, data) = match piece {
         Piece::Data(offset, data) => (offset, data.to_vec()),
-        Piece::Unread(unread) => {
-            let mut data = vec![0; unread.bytes];
-            unread.read(&mut data)?;
-            (unread.offset, data)
-        }
+        Piece::Unread(unread) => (unread.offset, unread.to_vec()?),
         Piece::Zero(offset, bytes) if record => (offset, vec![0; bytes as usize]),
         Piece::Zero(..) => return Ok(()),
     };

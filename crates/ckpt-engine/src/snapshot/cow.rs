@@ -71,7 +71,7 @@ impl Cow {
         let mut obstacles = BTreeMap::new();
         if stays_frozen {
             let still = Ready { device, still: true, obstacles, needs_bytes: 0, duplicate_limit_bytes };
-            return Ok(if device { Box::new(still) } else { Box::new(Still::default()) });
+            return Ok(Box::new(still));
         }
         if let Some(why) = host_obstacle() {
             obstacles.extend(job.live().map(|p| (p.pid, why.to_owned())));
@@ -539,7 +539,7 @@ impl Drop for Copies {
 }
 
 /// The snapshot of a job that stays frozen: its memory is read where it is.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Still {
     /// A thread of each of its processes, as ckpt sees it, and the process as the job sees it.
     processes: Vec<(Pid, i32)>,
@@ -560,20 +560,6 @@ impl Still {
                 Err(DumpError::errno(*pid, what)(Errno::ESRCH))
             }
         }
-    }
-}
-
-impl Prepared for Still {
-    fn needs_bytes(&self) -> u64 {
-        0
-    }
-
-    fn snapshot(
-        self: Box<Self>,
-        frozen: &mut FrozenJob,
-        _: &Collected,
-    ) -> Result<Box<dyn Snapshot>, DumpError> {
-        Ok(Box::new(Still::of(frozen)))
     }
 }
 

@@ -7,7 +7,7 @@
 //! helper exits. Whatever becomes of the dumper, the process never has it.
 
 use super::cow::{Cow, Reasons};
-use super::{Engine, Pages, Piece, Prepared, Range, Sink, Unread};
+use super::{Engine, Pages, Piece, Prepared, Range, Sink, unread};
 use crate::dump::collect;
 use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
@@ -371,14 +371,7 @@ impl Kept {
             if kind == KIND_ZERO {
                 return sink(Piece::Zero(offset(va), bytes));
             }
-            let mut done = 0;
-            while done < bytes {
-                let bytes = (bytes - done).min(piece as u64) as usize;
-                let at = va + done;
-                sink(Piece::Unread(Unread { offset: offset(at), bytes, origin, at }))?;
-                done += bytes as u64;
-            }
-            Ok(())
+            unread(origin, (offset(va), va, bytes), piece, sink)
         })
     }
 }

@@ -133,6 +133,32 @@ impl Unread<'_> {
     pub fn read(&self, buf: &mut [u8]) -> Result<(), DumpError> {
         self.origin.read(self.at, buf).map_err(|e| WriteError::Origin(e).into())
     }
+
+    /// Reads it now.
+    ///
+    /// # Errors
+    /// If it can't be read.
+    pub fn to_vec(&self) -> Result<Vec<u8>, DumpError> {
+        let mut data = vec![0; self.bytes];
+        self.read(&mut data)?;
+        Ok(data)
+    }
+}
+
+/// Gives a stretch of `bytes` bytes that `origin` has from `at` on, in pieces of at most `piece` bytes. `offset` is that in the object.
+fn unread(
+    origin: &Arc<dyn Origin>,
+    (offset, at, bytes): (u64, u64, u64),
+    piece: usize,
+    sink: &mut Sink<'_>,
+) -> Result<(), DumpError> {
+    let mut done = 0;
+    while done < bytes {
+        let bytes = (bytes - done).min(piece as u64) as usize;
+        sink(Piece::Unread(Unread { offset: offset + done, bytes, origin, at: at + done }))?;
+        done += bytes as u64;
+    }
+    Ok(())
 }
 
 /// A file's content; what is behind its end is zero.
@@ -147,17 +173,16 @@ struct FileContent {
 
 impl Origin for FileContent {
     fn read(&self, at: u64, buf: &mut [u8]) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let (there, behind) = buf.split_at_mut(self.bytes.saturating_sub(at).min(buf.len() as u64) as usize);
+        let there = self.bytes.saturating_sub(at).min(buf.len() as u64) as usize;
         let mut done = 0;
-        while done < there.len() {
-            let n = self.file.read_at(&mut there[done..], at + done as u64);
+        while done < there {
+            let n = self.file.read_at(&mut buf[done..there], at + done as u64);
             match n.map_err(DumpError::process(0, self.what))? {
                 0 => break,
                 n => done += n,
             }
         }
-        there[done..].fill(0);
-        behind.fill(0);
+        buf[done..].fill(0);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //! The pages that exist in a process that stands still: which ones (PAGEMAP_SCAN, or /proc/pid/pagemap before Linux
 //! 6.7), and their content.
 
-use super::{Pages, Piece, Range, Sink, Unread};
+use super::{Pages, Range, Sink, unread};
 use crate::error::DumpError;
 use crate::model::memory::{self, pagemap};
 use ckpt_image::Origin;
@@ -105,14 +105,7 @@ impl Reader {
                 Pages::Private => self.private(at, end)?,
             };
             for (addr, bytes) in stretches {
-                let mut done = 0;
-                while done < bytes {
-                    let bytes = (bytes - done).min(piece as u64) as usize;
-                    let at = addr + done;
-                    let offset = r.offset + (at - r.addr);
-                    sink(Piece::Unread(Unread { offset, bytes, origin: &self.memory, at }))?;
-                    done += bytes as u64;
-                }
+                unread(&self.memory, (r.offset + (addr - r.addr), addr, bytes), piece, sink)?;
             }
             at = seen;
         }
@@ -130,6 +123,7 @@ fn join(out: &mut Vec<(u64, u64)>, addr: u64, bytes: u64) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Piece;
     use super::*;
 
     #[test]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Shared memory is copied while the job runs, and compared with that copy in the freeze (docs/adr/0022-shared-memory-is-compared.md).
 
-use super::{FileContent, From, Piece, Sink, Source, Unread, read_file, read_source};
+use super::{FileContent, From, Piece, Sink, Source, read_file, read_source, unread};
 use crate::error::DumpError;
 use crate::model::Job;
 use crate::resource::{Collected, shared_memory};
@@ -166,16 +166,7 @@ impl Compared {
     /// Those of the sink.
     pub fn stream(&self, piece: usize, sink: &mut Sink<'_>) -> Result<(), DumpError> {
         let origin = &(Arc::clone(&self.copy) as Arc<dyn Origin>);
-        for (start, all) in &self.extents {
-            let mut done = 0;
-            while done < *all {
-                let bytes = (all - done).min(piece as u64) as usize;
-                let at = start + done;
-                sink(Piece::Unread(Unread { offset: at, bytes, origin, at }))?;
-                done += bytes as u64;
-            }
-        }
-        Ok(())
+        self.extents.iter().try_for_each(|(at, bytes)| unread(origin, (*at, *at, *bytes), piece, sink))
     }
 }
 

@@ -58,11 +58,7 @@ impl Prepared for Spill {
             read_source(s, PIECE_BYTES, &mut |piece| {
                 let (offset, data) = match piece {
                     Piece::Data(offset, data) => (offset, data.to_vec()),
-                    Piece::Unread(unread) => {
-                        let mut data = vec![0; unread.bytes];
-                        unread.read(&mut data)?;
-                        (unread.offset, data)
-                    }
+                    Piece::Unread(unread) => (unread.offset, unread.to_vec()?),
                     Piece::Zero(offset, bytes) => (offset, vec![0; bytes as usize]),
                 };
                 out.write_all(&data).map_err(err)?;
