@@ -19,6 +19,16 @@ count = 0
 total = 0
 
 
+def publish(name, text):
+    with open(name + ".new", "w") as out:
+        out.write(text)
+    try:
+        os.rename(name + ".new", name)
+    except FileNotFoundError:
+        # Dumped just before the rename, which was done then: a file that nobody has open isn't rolled back.
+        pass
+
+
 def verdict():
     problems = [row[0] for row in database.execute("PRAGMA integrity_check") if row[0] != "ok"]
     rows, amount = database.execute("SELECT count(*), coalesce(sum(amount), 0) FROM entry").fetchone()
@@ -35,9 +45,7 @@ def verdict():
 while True:
     if os.path.exists("check"):
         text = verdict()
-        with open("verdict.new", "w") as out:
-            out.write(text)
-        os.rename("verdict.new", "verdict")
+        publish("verdict", text)
         sys.exit(0 if text.startswith("ok") else 1)
     if os.path.exists("hold"):
         database.execute("BEGIN")
@@ -52,7 +60,5 @@ while True:
     total += count
     database.execute("INSERT INTO entry VALUES (?, ?, ?)", (count, count, "p" * 500))
     log.write("entry %d\n" % count)
-    with open("progress.new", "w") as out:
-        out.write("%d\n" % count)
-    os.rename("progress.new", "progress")
+    publish("progress", "%d\n" % count)
     time.sleep(0.005)
