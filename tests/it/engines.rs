@@ -59,6 +59,7 @@ by_the_other_engines! {
     threads => Guest::new("thread_registers");
     spliced => Guest::new("mem_spliced");
     moment => Guest::new("cow_moment").in_motion();
+    moment_of_processes => Guest::new("moment_processes").in_motion();
 }
 
 #[test]
