@@ -31,6 +31,7 @@ udevadm control --reload
 rmmod ckpt && insmod /lib/ckpt/ckpt.ko
 udevadm settle --timeout=60
 is_open_to root:ckpt 660
+chmod 0666 /dev/ckpt_testing
 udevadm control --exit
 for directory in dev proc sys run; do umount "/udev/$directory" || failed=1; done
 # Whoever may not open the device is told so.
@@ -43,6 +44,7 @@ for word in "$@"; do
     *) tests="$tests $word" ;;
     esac
 done
+alone=
 must_not_be_skipped='the kernel module is not loaded'
 if [ -z "$tests" ]; then
     must_not_be_skipped=
@@ -55,12 +57,13 @@ if [ -z "$tests" ]; then
     *)
         tests="engines::private_memory::kmod engines::workers::kmod engines::shared_memory::kmod engines::same_pages
             engines::moment_of_processes::kmod incremental::a_chain_equals_a_full_checkpoint incremental::a_guest_notices"
+        alone=engines::alone::
         ;;
     esac
 fi
 "$ckpt" doctor || true
 # A name of no test would pass.
-for name in $tests; do
+for name in $tests $alone; do
     /product/it --list "$name" 2>/dev/null | grep -q ': test$' || { echo "there is no such test: $name"; exit 1; }
 done
 run() { # COMMAND...
@@ -68,6 +71,7 @@ run() { # COMMAND...
 }
 # shellcheck disable=SC2086 # names without spaces
 run /product/it --test-threads=2 $tests
+[ -z "$alone" ] || CKPT_TEST_ALONE=yes run /product/it --test-threads=1 "$alone"
 [ ! -e /run/it.failed ] || failed=1
 if grep "skipped: .*$must_not_be_skipped" /run/it.log; then
     echo "these have not been tested"
