@@ -219,7 +219,10 @@ static inline unsigned long ckpt_walk_pte(struct ckpt_walk *walk, pte_t *ptep, b
 	if (pte_none(pte))
 		return 0;
 	if (!pte_present(pte)) {
-		if (is_pte_marker_entry(pte_to_swp_entry(pte)))
+		swp_entry_t swap = pte_to_swp_entry(pte);
+
+		/* Of userfaultfd, where there is no page. Other marks are left by one that was lost. */
+		if (is_pte_marker_entry(swap) && !(pte_marker_get(swap) & ~PTE_MARKER_UFFD_WP))
 			return 0;
 		/* In swap after all, or being migrated. */
 		return CKPT_KIND_COPY;
