@@ -542,7 +542,9 @@ static int ckpt_list_foreign(struct ckpt_snapshot *snap, struct mm_struct *mm)
 		nr += ckpt_is_foreign(vma);
 	if (!nr)
 		return 0;
-	snap->foreign = kvmalloc_array(nr, sizeof(*snap->foreign), GFP_KERNEL_ACCOUNT);
+	/* As CKPT_GFP, with what kvmalloc knows of it. */
+	snap->foreign = kvmalloc_array(nr, sizeof(*snap->foreign),
+				       GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL | __GFP_NOWARN);
 	if (!snap->foreign)
 		return -ENOMEM;
 	vma_iter_init(&vmi, mm, 0);
