@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 /*
  * A parent, and a child whose memory the kernel module refuses: the argument says why. Both have memory of their own, which they
- * change once, at "step". The file "refused" has the child's pid.
+ * change once, at "step". The file "refused" has the child's pid. With "drops" the child gives a capability up at that step, which ends
+ * an earlier session.
  */
 #include "mem_pattern.h"
 
+#include <linux/capability.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -51,13 +53,29 @@ static void give_session_away(void)
 	close(holder);
 }
 
-static void change_once_and_check(char *area, uint64_t seed, const char *done)
+/* Its credentials are others then; it stays dumpable. */
+static void drop_a_capability(void)
+{
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct data[2];
+
+	MUST(syscall(SYS_capget, &header, data));
+	EXPECT(data[0].permitted & 1u << CAP_MKNOD);
+	data[0].permitted &= ~(1u << CAP_MKNOD);
+	data[0].effective &= data[0].permitted;
+	MUST(syscall(SYS_capset, &header, data));
+	EXPECT_EQ("dumpable", 1, prctl(PR_GET_DUMPABLE));
+}
+
+static void change_once_and_check(char *area, uint64_t seed, bool drops, const char *done)
 {
 	pattern_fill(area, AREA_BYTES, seed);
 	while (!guest_exists("step") && !guest_exists("go"))
 		guest_nap();
 	CHECK_PATTERN("memory before the step", area, AREA_BYTES, seed);
 	pattern_fill(area, AREA_BYTES, seed + 1);
+	if (drops)
+		drop_a_capability();
 	guest_publish(done, "");
 	guest_wait_go();
 	CHECK_PATTERN("memory", area, AREA_BYTES, seed + 1);
@@ -81,10 +99,10 @@ int main(int argc, char **argv)
 		pattern_fill(area, AREA_BYTES, guest_seed + 100);
 		if (!strcmp(argv[2], "device"))
 			share_with_a_device();
-		else
+		else if (!strcmp(argv[2], "session"))
 			give_session_away();
 		close(standing[1]);
-		change_once_and_check(area, guest_seed + 100, "child-done");
+		change_once_and_check(area, guest_seed + 100, !strcmp(argv[2], "drops"), "child-done");
 		_exit(0);
 	}
 	EXPECT_EQ("read", 0, read(standing[0], text, 1));
@@ -92,7 +110,7 @@ int main(int argc, char **argv)
 	snprintf(text, sizeof(text), "%d", child);
 	guest_publish("refused", text);
 	guest_ready();
-	change_once_and_check(area, guest_seed, "done");
+	change_once_and_check(area, guest_seed, false, "done");
 	guest_join(child);
 	guest_ok();
 }

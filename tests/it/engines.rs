@@ -243,6 +243,13 @@ mod module {
         poll_until(GUEST_DEADLINE, read).ok_or_else(|| Failure(format!("the guest makes no file {name}")))
     }
 
+    /// Has both processes of the guest change their memory.
+    fn step(sandbox: &Sandbox) -> Outcome<()> {
+        fs::write(sandbox.work.join("step"), "").map_err(|e| Failure(e.to_string()))?;
+        file(sandbox, "done")?;
+        file(sandbox, "child-done").map(drop)
+    }
+
     /// The guest's child is not kept because of `why`, its parent is. The child is forked, or copied because of `not_forked`.
     fn is_kept_without_the_child(
         job: &Job<'_>,
@@ -271,9 +278,7 @@ mod module {
         };
         let incremental = ["--engine", "kmod", "--incremental"];
         check(&dump(job, &incremental)?)?;
-        fs::write(sandbox.work.join("step"), "").map_err(|e| Failure(e.to_string()))?;
-        file(sandbox, "done")?;
-        file(sandbox, "child-done")?;
+        step(sandbox)?;
         let said = dump(job, &incremental)?;
         check(&said)?;
         has_note(&said, &format!("pid {child}: {why}; its memory is saved whole each time"))?;
@@ -326,6 +331,30 @@ mod module {
                 if ended.code != 0 {
                     return Err(Failure(ended.report()));
                 }
+                passes(sandbox, nonce)
+            })
+        });
+    }
+
+    #[test]
+    fn keeps_a_process_whose_credentials_have_changed_since() {
+        if !has_module("changed credentials") {
+            return;
+        }
+        each_user("engines-credentials", Users::OnlyRoot, |sandbox| {
+            with_ready_job(&Guest::new("mem_refused").arg("drops"), sandbox, |job, nonce| {
+                let incremental = ["--engine", "kmod", "--incremental"];
+                keeps_all(&dump(job, &incremental)?)?;
+                step(sandbox)?;
+                for _ in 0..2 {
+                    let said = dump(job, &incremental)?;
+                    keeps_all(&said)?;
+                    if said["parent"].is_null() || said["notes"] != serde_json::json!([]) {
+                        return Err(Failure(format!("not built on the one before: {said}")));
+                    }
+                }
+                job.kill()?;
+                job.restore(None, &[])?;
                 passes(sandbox, nonce)
             })
         });
