@@ -301,9 +301,12 @@ mod module {
         if !has_module("a device shares memory") {
             return;
         }
-        for (adopts, not_forked) in [(None, None), (Some("adopts"), Some("process "))] {
-            let guest = adopts.into_iter().fold(Guest::new("mem_refused").arg("device"), Guest::arg);
-            each_user(&guest.label(), Users::Both, |sandbox| {
+        let guest = Guest::new("mem_refused").arg("device");
+        // Children of one that adopts orphans are not forked either.
+        let cases =
+            [(guest.clone(), Users::Both, None), (guest.arg("adopts"), Users::OnlyPlain, Some("process "))];
+        for (guest, users, not_forked) in cases {
+            each_user(&guest.label(), users, |sandbox| {
                 with_ready_job(&guest, sandbox, |job, nonce| {
                     is_kept_without_the_child(job, sandbox, (SHARED, not_forked))?;
                     passes(sandbox, nonce)
