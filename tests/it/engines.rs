@@ -127,10 +127,7 @@ fn compare(copied: &Pages, other: &Pages, engine: &str) -> Outcome<()> {
 /// What the choice of the kernel module depends on, and what becomes of that which it does not take.
 mod module {
     use super::*;
-    use ckpt_tests::{
-        fingerprint::Fingerprint, job::Job, process::Finished, proof::left_nothing_behind, sandbox::Sandbox,
-        stage::stage,
-    };
+    use ckpt_tests::{fingerprint::Fingerprint, job::Job, process::Finished, proof::left_nothing_behind};
 
     fn said_by(dumped: &Finished) -> Outcome<serde_json::Value> {
         serde_json::from_str(&dumped.stdout)
@@ -238,13 +235,65 @@ mod module {
         }
     }
 
+    #[test]
+    fn keeps_a_process_whose_credentials_have_changed_since() {
+        if !has_module("changed credentials") {
+            return;
+        }
+        each_user("engines-credentials", Users::OnlyRoot, |sandbox| {
+            with_ready_job(&Guest::new("mem_refused").arg("drops"), sandbox, |job, nonce| {
+                let incremental = ["--engine", "kmod", "--incremental"];
+                keeps_all(&dump(job, &incremental)?)?;
+                refused::step(sandbox)?;
+                for _ in 0..2 {
+                    let said = dump(job, &incremental)?;
+                    keeps_all(&said)?;
+                    if said["parent"].is_null() || said["notes"] != serde_json::json!([]) {
+                        return Err(Failure(format!("not built on the one before: {said}")));
+                    }
+                }
+                job.kill()?;
+                job.restore(None, &[])?;
+                passes(sandbox, nonce)
+            })
+        });
+    }
+
+    #[test]
+    fn leaves_nothing_in_the_process() {
+        if !has_module("nothing left") {
+            return;
+        }
+        each_user("engines-nothing-left", Users::Both, |sandbox| {
+            with_ready_job(&Guest::new("mem_private_anon"), sandbox, |job, nonce| {
+                let init = job.init().ok_or_else(|| Failure::new("the job does not run"))?;
+                let before = Fingerprint::take(init);
+                dump_by(job, "kmod", &[])?;
+                left_nothing_behind(&before, init)?;
+                // Between these two a session stays open, with init.
+                for _ in 0..2 {
+                    dump_by(job, "kmod", &["--incremental"])?;
+                    left_nothing_behind(&before, init)?;
+                }
+                passes(sandbox, nonce)
+            })
+        });
+    }
+}
+
+/// Processes that the module refuses, beside others that it keeps.
+mod refused {
+    use super::module::{contains, dump, has_note, is_by, keeps_all};
+    use super::*;
+    use ckpt_tests::{job::Job, sandbox::Sandbox, stage::stage};
+
     fn file(sandbox: &Sandbox, name: &str) -> Outcome<String> {
         let read = || fs::read_to_string(sandbox.work.join(name)).ok();
         poll_until(GUEST_DEADLINE, read).ok_or_else(|| Failure(format!("the guest makes no file {name}")))
     }
 
     /// Has both processes of the guest change their memory.
-    fn step(sandbox: &Sandbox) -> Outcome<()> {
+    pub(super) fn step(sandbox: &Sandbox) -> Outcome<()> {
         fs::write(sandbox.work.join("step"), "").map_err(|e| Failure(e.to_string()))?;
         file(sandbox, "done")?;
         file(sandbox, "child-done").map(drop)
@@ -333,51 +382,6 @@ mod module {
                 let ended = holder.finish(GUEST_DEADLINE)?;
                 if ended.code != 0 {
                     return Err(Failure(ended.report()));
-                }
-                passes(sandbox, nonce)
-            })
-        });
-    }
-
-    #[test]
-    fn keeps_a_process_whose_credentials_have_changed_since() {
-        if !has_module("changed credentials") {
-            return;
-        }
-        each_user("engines-credentials", Users::OnlyRoot, |sandbox| {
-            with_ready_job(&Guest::new("mem_refused").arg("drops"), sandbox, |job, nonce| {
-                let incremental = ["--engine", "kmod", "--incremental"];
-                keeps_all(&dump(job, &incremental)?)?;
-                step(sandbox)?;
-                for _ in 0..2 {
-                    let said = dump(job, &incremental)?;
-                    keeps_all(&said)?;
-                    if said["parent"].is_null() || said["notes"] != serde_json::json!([]) {
-                        return Err(Failure(format!("not built on the one before: {said}")));
-                    }
-                }
-                job.kill()?;
-                job.restore(None, &[])?;
-                passes(sandbox, nonce)
-            })
-        });
-    }
-
-    #[test]
-    fn leaves_nothing_in_the_process() {
-        if !has_module("nothing left") {
-            return;
-        }
-        each_user("engines-nothing-left", Users::Both, |sandbox| {
-            with_ready_job(&Guest::new("mem_private_anon"), sandbox, |job, nonce| {
-                let init = job.init().ok_or_else(|| Failure::new("the job does not run"))?;
-                let before = Fingerprint::take(init);
-                dump_by(job, "kmod", &[])?;
-                left_nothing_behind(&before, init)?;
-                // Between these two a session stays open, with init.
-                for _ in 0..2 {
-                    dump_by(job, "kmod", &["--incremental"])?;
-                    left_nothing_behind(&before, init)?;
                 }
                 passes(sandbox, nonce)
             })

@@ -56,7 +56,7 @@ if [ -z "$tests" ]; then
         ;;
     *)
         tests="engines::private_memory::kmod engines::workers::kmod engines::shared_memory::kmod engines::same_pages
-            engines::moment_of_processes::kmod incremental::a_chain_equals_a_full_checkpoint incremental::a_guest_notices"
+            engines::moment_of_processes::kmod engines::refused:: incremental::a_chain_equals_a_full_checkpoint incremental::a_guest_notices"
         alone=engines::alone::
         ;;
     esac
