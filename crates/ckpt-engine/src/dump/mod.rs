@@ -151,6 +151,9 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     }
     // As late as possible, so that little is different in the freeze; but no gate is closed yet. Nobody waits for a job that will be ended.
     let precopied = if stop { Precopied::default() } else { precopy(&found.job) };
+    if let Some(tracker) = tracker.as_mut().filter(|_| !stop) {
+        tracker.copy_early(&found.job)?;
+    }
     phases.end("precopy");
     let mut barrier = Barrier::new(&found.job, barrier);
     let how = How { stop, files: with_files.then_some(dir), flush, precopied: &precopied };

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Written pages are copied while the job runs, and in the freeze only those that were written once more.
+//!
+//! 1. They are protected again, while the job runs.
+//! 2. All tasks are stopped once, for as long as that takes. The kernel fills pages that a call has pinned (direct I/O) without looking at
+//!    their protection; no call that had pinned one before it was protected is still under way after that.
+//! 3. They are copied, while the job runs. One that is still protected in the freeze is what it was then.
+
+use super::Tracking;
+use super::held::{LIMIT_BYTES, Place, Room};
+use super::second::Second;
+use super::watch::{Stretch, pagemap_of};
+use crate::dump::freeze;
+use crate::dump::phases::Phases;
+use crate::error::DumpError;
+use crate::model::Job;
+use crate::model::memory::Vma;
+use crate::model::process::{Process, ProcessId};
+use crate::resource::aio;
+use ckpt_sys::pagemap::{self, Region, ZERO};
+use ckpt_sys::task;
+use std::collections::BTreeMap;
+
+/// Less takes no longer to be copied in the freeze than a stop takes.
+const WORTH_A_STOP_BYTES: u64 = 2 << 20;
+
+/// What was copied.
+#[derive(Debug, Default)]
+pub(super) struct Early {
+    /// Of each process all that was protected, by address.
+    protected: BTreeMap<ProcessId, Vec<Protected>>,
+}
+
+/// A stretch that was written, and has been protected since.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Protected {
+    addr: u64,
+    bytes: u64,
+    known: Known,
+}
+
+/// What is known of memory that has not been written since it was protected last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Known {
+    /// It is what it was in the parent.
+    Same,
+    /// It has been copied.
+    Copied(Place),
+    /// It is zero, and need not have been in the parent.
+    Zero,
+    /// It was written after the parent, and not copied.
+    Written,
+}
+
+/// Tells what has been written since the last checkpoint, by process, in order; with `protect` it is protected in the same step.
+/// Mappings of files are left out: of their pages it is not known so easily.
+fn written(tracking: &Tracking, job: &Job, protect: bool, sink: &mut dyn FnMut(&Process, Region)) {
+    for w in tracking.processes.iter().filter(|w| w.object.is_some() && w.watch.marks_mappings()) {
+        let Some(p) = job.live().find(|p| ProcessId::of(p) == w.id) else { continue };
+        let Ok(pagemap) = pagemap_of(p.host) else { continue };
+        for v in p.vmas.iter().filter(|v| v.has("uw") && !v.is_file()) {
+            ckpt_sys::hook::point();
+            // What can't be looked at now is looked at in the freeze.
+            let found = pagemap::scan_writes(&pagemap, v.start, v.end, protect).unwrap_or_default();
+            found.into_iter().for_each(|r| sink(p, r));
+        }
+    }
+}
+
+/// Copies what has been written, if it is not too little or too much. `room` is ready for what the freeze will have to copy.
+///
+/// # Errors
+/// If it has been interrupted; the job runs on.
+pub(super) fn copy(tracking: &Tracking, job: &Job, room: &mut Room) -> Result<Early, DumpError> {
+    let mut out = Early::default();
+    let mut bytes = 0;
+    written(tracking, job, false, &mut |_, r| bytes += if r.is(ZERO) { 0 } else { r.end - r.start });
+    if (WORTH_A_STOP_BYTES..=LIMIT_BYTES).contains(&bytes) {
+        room.touch(bytes);
+        written(tracking, job, true, &mut |p, r| out.add(p, r, room));
+        DumpError::if_interrupted()?;
+        if stop(job) {
+            let filled = room.fill(&Second::default());
+            out.keep_only(|place| filled.has(place));
+        } else {
+            *room = Room::default();
+            out.keep_only(|_| false);
+        }
+    }
+    // Some more is written until the job stands still.
+    room.touch((2 * bytes + (1 << 20)).min(LIMIT_BYTES.saturating_sub(room.used_bytes())));
+    Ok(out)
+}
+
+/// Stops all tasks and lets them go again. False if something may still write to pages without a look at their protection.
+fn stop(job: &Job) -> bool {
+    let Ok(frozen) = freeze::freeze(job, true, &mut Phases::default()) else { return false };
+    let asynchronous = |v: &Vma| v.name == aio::RING_NAME || v.name.contains("[io_uring]");
+    let safe = !frozen.job.live().any(|p| p.vmas.iter().any(asynchronous));
+    let resumed = frozen.resume().is_ok();
+    task::make_way();
+    safe && resumed
+}
+
+impl Early {
+    fn add(&mut self, p: &Process, r: Region, room: &mut Room) {
+        let list = self.protected.entry(ProcessId::of(p)).or_default();
+        let (addr, bytes) = (r.start, r.end - r.start);
+        if r.is(ZERO) {
+            list.push(Protected { addr, bytes, known: Known::Zero });
+        } else if room.used_bytes() + bytes > LIMIT_BYTES {
+            list.push(Protected { addr, bytes, known: Known::Written });
+        } else {
+            room.place(p.host, p.pid, addr, bytes, |addr, place| {
+                list.push(Protected { addr, bytes: place.bytes as u64, known: Known::Copied(place) });
+            });
+        }
+    }
+
+    fn keep_only(&mut self, copied: impl Fn(Place) -> bool) {
+        for p in self.protected.values_mut().flatten() {
+            if matches!(p.known, Known::Copied(place) if !copied(place)) {
+                p.known = Known::Written;
+            }
+        }
+    }
+
+    /// What is known of an unwritten stretch of a process, in parts: address, bytes.
+    pub(super) fn parts(&self, id: Option<ProcessId>, s: &Stretch) -> Vec<(u64, u64, Known)> {
+        let all = id.and_then(|id| self.protected.get(&id)).map_or(&[][..], Vec::as_slice);
+        let (mut out, mut at, end) = (Vec::new(), s.addr, s.addr + s.bytes);
+        for p in &all[all.partition_point(|p| p.addr + p.bytes <= at)..] {
+            let (from, to) = (p.addr.max(at), (p.addr + p.bytes).min(end));
+            if from >= to {
+                break;
+            }
+            if at < from {
+                out.push((at, from - at, Known::Same));
+            }
+            let known = match p.known {
+                Known::Copied(place) => Known::Copied(place.part(from - p.addr, to - from)),
+                other => other,
+            };
+            out.push((from, to - from, known));
+            at = to;
+        }
+        if at < end {
+            out.push((at, end - at, Known::Same));
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ckpt_sys::Pid;
+    use ckpt_sys::memory::PAGE;
+
+    #[test]
+    fn unwritten_memory_is_parted_by_what_was_protected_last() {
+        let id = ProcessId { pid: 2, started: 1 };
+        let mut room = Room::default();
+        let mut copied = Vec::new();
+        room.place(Pid::this(), 2, 0, 3 * PAGE, |_, place| copied.push(place));
+        let page = |n: u64, pages: u64, known| Protected { addr: n * PAGE, bytes: pages * PAGE, known };
+        let list =
+            vec![page(2, 3, Known::Copied(copied[0])), page(5, 1, Known::Written), page(9, 1, Known::Zero)];
+        let early = Early { protected: BTreeMap::from([(id, list)]) };
+        let parts = |n: u64, pages: u64| {
+            let s = Stretch { addr: n * PAGE, bytes: pages * PAGE, unwritten: true, doubtful: false };
+            let by_page = |(addr, bytes, known)| (addr / PAGE, bytes / PAGE, known);
+            early.parts(Some(id), &s).into_iter().map(by_page).collect::<Vec<_>>()
+        };
+        let part = |skipped: u64, pages: u64| Known::Copied(copied[0].part(skipped * PAGE, pages * PAGE));
+        assert_eq!(parts(0, 2), [(0, 2, Known::Same)]);
+        assert_eq!(parts(3, 1), [(3, 1, part(1, 1))]);
+        assert_eq!(
+            parts(1, 9),
+            [
+                (1, 1, Known::Same),
+                (2, 3, part(0, 3)),
+                (5, 1, Known::Written),
+                (6, 3, Known::Same),
+                (9, 1, Known::Zero)
+            ]
+        );
+        assert_eq!(parts(4, 3), [(4, 1, part(2, 1)), (5, 1, Known::Written), (6, 1, Known::Same)]);
+        assert_eq!(parts(10, 5), [(10, 5, Known::Same)]);
+        let s = Stretch { addr: 2 * PAGE, bytes: PAGE, unwritten: true, doubtful: false };
+        assert_eq!(early.parts(None, &s), [(2 * PAGE, PAGE, Known::Same)]);
+    }
+}
