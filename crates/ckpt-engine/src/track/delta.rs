@@ -238,7 +238,8 @@ pub(super) fn snapshot(
     let copied: u64 = plans.iter().flatten().flat_map(|p| &p.copied).map(|h| h.place.bytes as u64).sum();
     t.pages.dirty_bytes = known.unwrap_or(0) + copied;
     let mut room = std::mem::take(&mut t.room);
-    let few = known.is_some_and(|bytes| bytes + room.used_bytes() <= LIMIT_BYTES);
+    let before = room.used_bytes();
+    let few = known.is_some_and(|bytes| bytes + before <= LIMIT_BYTES);
     // The engine is given what is left to it.
     let (mut left, mut held) = (Vec::new(), Vec::new());
     for (source, plan) in collected.sources.iter().zip(&plans) {
@@ -271,7 +272,14 @@ pub(super) fn snapshot(
     let all = std::mem::replace(&mut collected.sources, left);
     let inner = engine.snapshot(frozen, collected);
     let left = std::mem::replace(&mut collected.sources, all);
-    Ok(Box::new(Delta { inner: inner?, left, held, room }))
+    Ok(Box::new(Delta {
+        inner: inner?,
+        left,
+        held,
+        held_bytes: room.used_bytes() - before,
+        early_bytes: copied,
+        room,
+    }))
 }
 
 /// The changed pages, and the snapshot of the rest.
@@ -280,6 +288,9 @@ struct Delta {
     left: Vec<Source>,
     held: Vec<Vec<Held>>,
     room: Room,
+    /// As in [`Account`].
+    held_bytes: u64,
+    early_bytes: u64,
 }
 
 impl Snapshot for Delta {
@@ -291,9 +302,10 @@ impl Snapshot for Delta {
     }
 
     fn finish(&mut self) -> Result<Account, DumpError> {
-        let room = std::mem::take(&mut self.room);
+        self.room = Room::default();
         let mut account = self.inner.finish()?;
-        account.held_bytes += room.used_bytes();
+        account.held_bytes += self.held_bytes;
+        account.early_bytes += self.early_bytes;
         Ok(account)
     }
 }
