@@ -370,6 +370,16 @@ mod tests {
     }
 
     #[test]
+    fn a_scan_that_fails_has_protected_what_came_before() {
+        let Some(t) = tracking() else { return };
+        let m = Memory::map(8);
+        (0..8).for_each(|page| m.touch(page, 1));
+        t.register(m.addr, 4 * PAGE).unwrap();
+        assert_eq!(scan_writes(&pagemap(), m.addr, m.addr + m.bytes, true), Err(Errno::EPERM));
+        assert_eq!(scan_writes(&pagemap(), m.addr, m.addr + 4 * PAGE, false), Ok(Vec::new()));
+    }
+
+    #[test]
     fn changes_are_told_from_what_is_missing() {
         let Some(t) = tracking() else { return };
         // Some page tables are missing as well.

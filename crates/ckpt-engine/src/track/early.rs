@@ -20,6 +20,7 @@ use crate::resource::aio;
 use ckpt_sys::pagemap::{self, Region, ZERO};
 use ckpt_sys::task;
 use std::collections::BTreeMap;
+use std::fs::File;
 
 /// Less takes no longer to be copied in the freeze than a stop takes.
 const WORTH_A_STOP_BYTES: u64 = 2 << 20;
@@ -48,21 +49,36 @@ pub(super) enum Known {
     Copied(Place),
     /// It is zero, and need not have been in the parent.
     Zero,
-    /// It was written after the parent, and not copied.
+    /// It may have been written after the parent, and has not been copied.
     Written,
 }
 
-/// Tells what has been written since the last checkpoint, by process, in order; with `protect` it is protected in the same step.
-/// Mappings of files are left out: of their pages it is not known so easily.
-fn written(tracking: &Tracking, job: &Job, protect: bool, sink: &mut dyn FnMut(&Process, Region)) {
+/// Pages that have been written since the last checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// These.
+    Written(Region),
+    /// Which ones can't be told: address, bytes.
+    Unknown(u64, u64),
+}
+
+/// Looks through a mapping as it was when the job was looked at; with `protect` what is written is protected in the same step.
+fn look(pagemap: &File, start: u64, end: u64, protect: bool) -> Vec<Found> {
+    match pagemap::scan_writes(pagemap, start, end, protect) {
+        Ok(found) => found.into_iter().map(Found::Written).collect(),
+        // Another mapping is there, or somewhere in it. What comes before that has been protected, and is not told.
+        Err(_) => vec![Found::Unknown(start, end - start)],
+    }
+}
+
+/// Tells what has been written, by process, in order. Mappings of files are left out: of their pages it is not known so easily.
+fn written(tracking: &Tracking, job: &Job, protect: bool, sink: &mut dyn FnMut(&Process, Found)) {
     for w in tracking.processes.iter().filter(|w| w.object.is_some() && w.watch.marks_mappings()) {
         let Some(p) = job.live().find(|p| ProcessId::of(p) == w.id) else { continue };
         let Ok(pagemap) = pagemap_of(p.host) else { continue };
         for v in p.vmas.iter().filter(|v| v.has("uw") && !v.is_file()) {
             ckpt_sys::hook::point();
-            // What can't be looked at now is looked at in the freeze.
-            let found = pagemap::scan_writes(&pagemap, v.start, v.end, protect).unwrap_or_default();
-            found.into_iter().for_each(|r| sink(p, r));
+            look(&pagemap, v.start, v.end, protect).into_iter().for_each(|found| sink(p, found));
         }
     }
 }
@@ -74,10 +90,13 @@ fn written(tracking: &Tracking, job: &Job, protect: bool, sink: &mut dyn FnMut(&
 pub(super) fn copy(tracking: &Tracking, job: &Job, room: &mut Room) -> Result<Early, DumpError> {
     let mut out = Early::default();
     let mut bytes = 0;
-    written(tracking, job, false, &mut |_, r| bytes += if r.is(ZERO) { 0 } else { r.end - r.start });
+    written(tracking, job, false, &mut |_, found| match found {
+        Found::Written(r) if !r.is(ZERO) => bytes += r.end - r.start,
+        _ => {}
+    });
     if (WORTH_A_STOP_BYTES..=LIMIT_BYTES).contains(&bytes) {
         room.touch(bytes);
-        written(tracking, job, true, &mut |p, r| out.add(p, r, room));
+        written(tracking, job, true, &mut |p, found| out.add(p, found, room));
         DumpError::if_interrupted()?;
         if stop(job) {
             let filled = room.fill(&Second::default());
@@ -87,8 +106,9 @@ pub(super) fn copy(tracking: &Tracking, job: &Job, room: &mut Room) -> Result<Ea
             out.keep_only(|_| false);
         }
     }
-    // Some more is written until the job stands still.
-    room.touch((2 * bytes + (1 << 20)).min(LIMIT_BYTES.saturating_sub(room.used_bytes())));
+    // Some more is written until the job stands still; of what has been copied, little once more.
+    let later = if room.used_bytes() > 0 { bytes / 4 } else { 2 * bytes };
+    room.touch((later + (1 << 20)).min(LIMIT_BYTES.saturating_sub(room.used_bytes())));
     Ok(out)
 }
 
@@ -103,18 +123,19 @@ fn stop(job: &Job) -> bool {
 }
 
 impl Early {
-    fn add(&mut self, p: &Process, r: Region, room: &mut Room) {
+    fn add(&mut self, p: &Process, found: Found, room: &mut Room) {
         let list = self.protected.entry(ProcessId::of(p)).or_default();
-        let (addr, bytes) = (r.start, r.end - r.start);
-        if r.is(ZERO) {
-            list.push(Protected { addr, bytes, known: Known::Zero });
-        } else if room.used_bytes() + bytes > LIMIT_BYTES {
-            list.push(Protected { addr, bytes, known: Known::Written });
-        } else {
-            room.place(p.host, p.pid, addr, bytes, |addr, place| {
-                list.push(Protected { addr, bytes: place.bytes as u64, known: Known::Copied(place) });
-            });
-        }
+        let (addr, bytes, known) = match found {
+            Found::Written(r) if r.is(ZERO) => (r.start, r.end - r.start, Known::Zero),
+            Found::Written(r) if room.used_bytes() + (r.end - r.start) <= LIMIT_BYTES => {
+                return room.place(p.host, p.pid, r.start, r.end - r.start, |addr, place| {
+                    list.push(Protected { addr, bytes: place.bytes as u64, known: Known::Copied(place) });
+                });
+            }
+            Found::Written(r) => (r.start, r.end - r.start, Known::Written),
+            Found::Unknown(addr, bytes) => (addr, bytes, Known::Written),
+        };
+        list.push(Protected { addr, bytes, known });
     }
 
     fn keep_only(&mut self, copied: impl Fn(Place) -> bool) {

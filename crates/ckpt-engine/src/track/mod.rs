@@ -308,6 +308,7 @@ impl Tracker {
     /// If it has been interrupted; the job runs on.
     pub fn copy_early(&mut self, job: &Job) -> Result<(), DumpError> {
         if !self.by_engine && self.parent.is_some() {
+            ckpt_sys::hook::before_copy();
             self.early = early::copy(&self.tracking, job, &mut self.room)?;
         }
         Ok(())
