@@ -2,14 +2,15 @@
 /*
  * Private memory that is written to between two incremental dumps ("step1"), and once more between the copying of what was
  * written and the freeze ("change"), in each way that there is, and that is not written to, dropped, replaced and moved then.
- * What each page must hold follows from where the program is, not from anything in memory.
+ * Some is only written in the step. What each page must hold follows from where the program is, not from anything in memory.
  */
 #include "mem_pattern.h"
 
 #include <sys/mman.h>
 #include <sys/uio.h>
 
-#define PAGES ((size_t)4096)
+#define PAGES ((size_t)2560)
+#define PLAIN_PAGES ((size_t)1024)
 #define BLOCK_PAGES ((size_t)16)
 #define BLOCK_BYTES (BLOCK_PAGES * PAGE_BYTES)
 
@@ -18,7 +19,7 @@ enum way { NOT, STORED, BY_CALL, READ_INTO, BY_PROC, DROPPED, DROPPED_AND_READ, 
 /* What a page holds: of which round, ZERO for nothing. */
 enum { ZERO, FIRST, STEP, LATE };
 
-static char *area, *elsewhere;
+static char *area, *elsewhere, *plain;
 static char page[PAGE_BYTES] __attribute__((aligned(8)));
 
 static void make_page(size_t number, int round)
@@ -83,12 +84,20 @@ static void drop(char *at, bool and_read)
 
 static char *map(void *at, size_t bytes)
 {
-	int fixed = at ? MAP_FIXED : 0;
-	char *p = mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | fixed, -1, 0);
+	char *p = mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 
 	GUEST_CHECK(p != MAP_FAILED, "mmap: %s", strerror(errno));
 	MUST(madvise(p, bytes, MADV_NOHUGEPAGE));
 	return p;
+}
+
+/* Apart from other mappings. */
+static char *map_alone(size_t bytes)
+{
+	char *p = mmap(NULL, bytes + 2 * PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	GUEST_CHECK(p != MAP_FAILED, "mmap: %s", strerror(errno));
+	return map(p + PAGE_BYTES, bytes);
 }
 
 static void change_page(size_t number, enum way way, int memory, int file)
@@ -146,8 +155,19 @@ static void change(bool forked, int memory, int file)
 	}
 }
 
+/* Memory whose mapping nothing happens to. */
+static void fill_plain(int round)
+{
+	for (size_t i = 0; i < PLAIN_PAGES; i++) {
+		make_page(i, round);
+		memcpy(plain + i * PAGE_BYTES, page, PAGE_BYTES);
+	}
+}
+
 static void check_all(bool is_child)
 {
+	for (size_t i = 0; i < PLAIN_PAGES; i++)
+		check("plain memory", plain + i * PAGE_BYTES, i, STEP);
 	for (size_t i = 0; i < PAGES; i++) {
 		enum way way = i / BLOCK_PAGES % WAYS;
 
@@ -164,8 +184,10 @@ int main(int argc, char **argv)
 	pid_t child;
 
 	pattern_begin(argc, argv);
-	area = map(NULL, PAGES * PAGE_BYTES);
-	elsewhere = map(NULL, PAGES * PAGE_BYTES);
+	area = map_alone(PAGES * PAGE_BYTES);
+	elsewhere = map_alone(PAGES * PAGE_BYTES);
+	plain = map_alone(PLAIN_PAGES * PAGE_BYTES);
+	fill_plain(FIRST);
 	for (size_t i = 0; i < PAGES; i++) {
 		make_page(i, FIRST);
 		memcpy(area + i * PAGE_BYTES, page, PAGE_BYTES);
@@ -183,6 +205,7 @@ int main(int argc, char **argv)
 		else if (at_step(i) == ZERO)
 			drop(area + i * PAGE_BYTES, true);
 	}
+	fill_plain(STEP);
 	guest_publish("done1", "");
 
 	while (!guest_exists("change"))

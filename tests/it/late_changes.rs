@@ -180,7 +180,7 @@ fn dump_written(
     let bytes = |field: &str| said[field].as_u64().unwrap_or(0);
     if said["writes_from"] != serde_json::json!(["userfaultfd"]) {
         announce("skipped: late-written: nothing is watched by userfaultfd here");
-    } else if place == BEFORE_FREEZE && bytes("early_bytes") < 4 << 20 {
+    } else if bytes("early_bytes") < 4 << 20 {
         return Err(Failure(format!("little was copied before the freeze: {said}")));
     } else if bytes("held_bytes") < 1 << 20 && more.is_empty() {
         return Err(Failure(format!("little was copied in the freeze: {said}")));
