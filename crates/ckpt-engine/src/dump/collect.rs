@@ -66,7 +66,7 @@ pub fn collect(
         let mut before: Option<Live> = None;
         // The leader, then those of one CPU after those of another: each move between CPUs costs as much as a thread.
         let mut threads: Vec<(bool, Option<usize>, &Task)> =
-            p.threads.iter().map(|t| (t.tid != p.pid, last_cpu(p.host, t.host), t)).collect();
+            p.threads.iter().map(|t| (t.tid != p.pid, cpu_of(p, t), t)).collect();
         threads.sort_by_key(|(other, cpu, _)| (*other, *cpu));
         for (i, (_, cpu, t)) in threads.into_iter().enumerate().skip(usize::from(opened.is_some())) {
             beside.on(cpu);
@@ -95,6 +95,11 @@ pub fn collect(
         }
     }
     Ok(out)
+}
+
+/// The CPU on which a thread ran last: most note it in their memory, and that it has been moved since is rare.
+fn cpu_of(p: &Process, t: &Task) -> Option<usize> {
+    t.frozen.as_ref().and_then(|f| f.cpu).or_else(|| last_cpu(p.host, t.host))
 }
 
 /// What all kinds will ask there.
@@ -192,7 +197,7 @@ pub(crate) fn open(
         source: std::io::Error::from(std::io::ErrorKind::NotFound),
     };
     let frozen = t.frozen.as_ref().ok_or_else(missing)?;
-    let Frozen { registers, mask, quiet } = *frozen;
+    let Frozen { registers, mask, quiet, .. } = *frozen;
     let start = Start { padding, scratch, registers, mask, quiet, last: NO_CALL, bell: bell(p, frozen) };
     Ok(Live::open(t.host, memory, start)?)
 }
