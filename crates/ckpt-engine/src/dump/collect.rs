@@ -9,7 +9,7 @@ use crate::model::process::{Frozen, Process, Task};
 use crate::resource::process::is_filtered;
 use crate::resource::{At, Collect, Collected, Resource, in_order};
 use ckpt_sys::arch::Making;
-use ckpt_sys::inject::{InjectError, Live, NO_CALL, Padding, Query, SCRATCH_BYTES, Start};
+use ckpt_sys::inject::{InjectError, Left, Live, NO_CALL, Padding, Query, SCRATCH_BYTES, Start};
 use ckpt_sys::memory::Forced;
 use ckpt_sys::task::{Beside, last_cpu};
 use ckpt_sys::{Errno, frozen_copy, libc};
@@ -63,7 +63,7 @@ pub fn collect(
         // Each thread's code stands before that of the thread before is taken away, so that there is always one to unmap
         // the scratch pages. That of a process made dumpable has one place only, and would unmap them at any time.
         let second = opened.is_none().then(|| padding.beside());
-        let mut before: Option<Live> = None;
+        let (mut before, mut left): (Option<Live>, Option<Left>) = (None, None);
         // The leader, then those of one CPU after those of another: each move between CPUs costs as much as a thread.
         let mut threads: Vec<(bool, Option<usize>, &Task)> =
             p.threads.iter().map(|t| (t.tid != p.pid, cpu_of(p, t), t)).collect();
@@ -79,7 +79,7 @@ pub fn collect(
             let mut live = open(p, t, &memory, place, scratch)?;
             if let Some(mut last) = before.take() {
                 live.inherit_scratch(&mut last);
-                last.close(&memory)?;
+                left = Some(last.leave()?);
             }
             if t.tid == p.pid {
                 live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
@@ -93,6 +93,7 @@ pub fn collect(
         if let Some(last) = before {
             last.close(&memory)?;
         }
+        left.map_or(Ok(()), |code| code.erase(&memory))?;
     }
     Ok(out)
 }
