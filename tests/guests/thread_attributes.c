@@ -68,6 +68,9 @@ static void set_up(int number)
 	sigemptyset(&mask);
 	sigaddset(&mask, 1 + number);
 	sigaddset(&mask, 40 + number);
+	/* One of them can't be told to ring: it is asked call by call, between others that are given the same list of calls. */
+	if (number == 4)
+		sigfillset(&mask);
 	MUST0(pthread_sigmask(SIG_SETMASK, &mask, NULL));
 	if (number % 3 != 2) {
 		stack.ss_sp = malloc(stack.ss_size);
