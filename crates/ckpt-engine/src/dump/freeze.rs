@@ -249,7 +249,7 @@ impl Tasks {
     fn release_vfork_children(&mut self) -> Result<(), DumpError> {
         let waiting: Vec<Pid> = self.running.keys().copied().collect();
         for tid in waiting {
-            for child in children(tid.as_raw()) {
+            for child in children_of_thread(tid.as_raw(), tid.as_raw()) {
                 let child = Pid::from_raw(child);
                 let same = ckpt_sys::task::kcmp(tid, child, ckpt_sys::task::Shared::Memory);
                 if same == Ok(std::cmp::Ordering::Equal) && self.stopped.remove(&child).is_some() {
