@@ -520,7 +520,7 @@ mod tests {
         assert!(newcomers(&before).contains(&tid));
         // An orphan of a known process, which adopts orphans.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
-        let mut parent = shell("sleep 1000 >/dev/null & echo $!");
+        let mut parent = shell("sleep 100 >/dev/null 2>&1 & echo $!");
         let mut line = String::new();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(parent.stdout.take().unwrap()), &mut line)
             .unwrap();
