@@ -9,7 +9,7 @@ use super::{barrier, discover, short_write};
 use crate::error::{DumpError, Refusals};
 use crate::model::Job;
 use crate::model::process::{
-    Frozen, Task, children, children_of_thread, status_value, threads, threads_and_children,
+    Frozen, Process, Task, children, children_of_thread, status_value, threads, threads_and_children,
 };
 use ckpt_sys::arch;
 use ckpt_sys::inject::Padding;
@@ -68,11 +68,16 @@ fn all_tasks(init: i32) -> Vec<Pid> {
 }
 
 /// Where tasks turn up that were not there when a job was observed all of whose named tasks stood still: in the lists of threads,
-/// and among the children of init and of main threads. Those of other threads are complete: only they themselves and those very
-/// children (CLONE_PARENT) could add to them, and orphans go to main threads (PR_SET_CHILD_SUBREAPER) and init.
+/// among the children of init and of main threads, to which orphans go (PR_SET_CHILD_SUBREAPER), and of threads that have children, which could
+/// add to them (CLONE_PARENT). A thread that had none and stands still has none.
 fn newcomers(job: &Job) -> Vec<Pid> {
     let known: BTreeSet<i32> = job.processes.iter().map(|p| p.host.as_raw()).collect();
-    let adopted = job.processes.iter().flat_map(|p| children_of_thread(p.host.as_raw(), p.host.as_raw()));
+    let parents = |p: &Process| {
+        let of = p.host;
+        let parents = p.threads.iter().filter(move |t| t.is_parent || t.host == of);
+        parents.flat_map(move |t| children_of_thread(of.as_raw(), t.host.as_raw())).collect::<Vec<_>>()
+    };
+    let adopted = job.processes.iter().flat_map(parents);
     let new = children(job.info.init).into_iter().chain(adopted).filter(|c| !known.contains(c));
     job.processes
         .iter()
@@ -484,7 +489,7 @@ impl FrozenJob {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::process::{Keep, Process};
+    use crate::model::process::Keep;
     use std::collections::HashMap;
     use std::process::{Command, Stdio};
 
@@ -535,6 +540,30 @@ mod tests {
         ckpt_sys::task::kill(orphan, libc::SIGKILL).unwrap();
         ptrace::reap(orphan).unwrap();
         drop(end);
+        thread.join().unwrap();
+        // Another child of a thread that has one.
+        let (ask, asked) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let mut made = Vec::new();
+            while asked.recv().is_ok() {
+                made.push(shell("read line"));
+                tell.send(Pid::from_raw(made[made.len() - 1].id() as i32)).unwrap();
+            }
+            made.iter_mut().for_each(|child| {
+                drop(child.stdin.take());
+                child.wait().unwrap();
+            });
+        });
+        let next = || {
+            ask.send(()).unwrap();
+            told.recv().unwrap()
+        };
+        next();
+        let before = job(init.id() as i32);
+        let second = next();
+        assert!(newcomers(&before).contains(&second));
+        drop(ask);
         thread.join().unwrap();
         drop(init.stdin.take());
         init.wait().unwrap();

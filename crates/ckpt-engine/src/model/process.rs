@@ -42,6 +42,8 @@ pub struct Task {
     pub status: Vec<u8>,
     /// Its state when frozen.
     pub frozen: Option<Frozen>,
+    /// It has children of its own.
+    pub is_parent: bool,
     /// Its files, if they have been kept open.
     files: Option<TaskFiles>,
 }
@@ -282,8 +284,16 @@ impl Process {
             let files = files.filter(|_| keep.one_more());
             let ids = status_value(&status, "NSpid").unwrap_or_default();
             let Some(inside) = ids.split_whitespace().last().and_then(|s| s.parse().ok()) else { continue };
+            let is_parent = !children_now.is_empty();
             children.extend(children_now);
-            tasks.push(Task { tid: inside, host: Pid::from_raw(tid), status, frozen: None, files });
+            tasks.push(Task {
+                tid: inside,
+                host: Pid::from_raw(tid),
+                status,
+                frozen: None,
+                is_parent,
+                files,
+            });
         }
         tasks.sort_by_key(|t| (t.host.as_raw() != host, t.tid));
         // What is locked in memory, or absent from a fork, only the process itself shows.
