@@ -62,6 +62,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let name = &args.name;
     // Each process that is forked takes a descriptor until all are.
     ckpt_engine::restore::page_keeper::raise_limit();
+    ckpt_sys::descriptor::make_room();
     let job = ckpt_job::status(name)?;
     let _lock = ckpt_job::lock_for_dump(name)?;
     if job.status.missing_memory.is_some() {

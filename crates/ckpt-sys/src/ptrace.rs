@@ -133,11 +133,10 @@ const NT_X86_XSTATE: usize = 0x202;
 /// # Errors
 /// ESRCH if the task is not stopped.
 pub fn xstate(pid: Pid) -> Result<Vec<u8>> {
-    let mut buf = vec![0u8; 16 * 1024];
+    let mut buf = [0u8; 16 * 1024];
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     request(libc::PTRACE_GETREGSET, pid, NT_X86_XSTATE, &raw mut iov as usize)?;
-    buf.truncate(iov.iov_len);
-    Ok(buf)
+    Ok(buf[..iov.iov_len].to_vec())
 }
 
 /// PTRACE_SETREGSET of what [`xstate`] gave.

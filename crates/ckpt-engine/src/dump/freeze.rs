@@ -8,7 +8,9 @@ use super::phases::Phases;
 use super::{barrier, discover, short_write};
 use crate::error::{DumpError, Refusals};
 use crate::model::Job;
-use crate::model::process::{Frozen, Task, children, threads_and_children};
+use crate::model::process::{
+    Frozen, Process, Task, children, children_of_thread, status_value, threads, threads_and_children,
+};
 use ckpt_sys::arch;
 use ckpt_sys::inject::Padding;
 use ckpt_sys::ptrace::{self, Stop};
@@ -18,6 +20,9 @@ use std::time::{Duration, Instant};
 
 /// How long a task may take to stop. A task in uninterruptible sleep (a dead network file system) takes for ever.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// More CPUs no kernel knows.
+const MOST_CPUS: usize = 8192;
 
 /// A job whose tasks are all stopped.
 #[derive(Debug)]
@@ -31,9 +36,23 @@ pub struct FrozenJob {
 
 #[derive(Debug, Default)]
 struct Tasks {
-    /// With the signal of a group stop, SIGTRAP otherwise.
-    stopped: BTreeMap<Pid, i32>,
+    stopped: BTreeMap<Pid, Stopped>,
     running: BTreeMap<Pid, Instant>,
+}
+
+/// A task that stands still.
+#[derive(Debug)]
+struct Stopped {
+    /// The signal of a group stop, SIGTRAP otherwise.
+    signal: i32,
+    /// Its registers, which nobody else can change; none if it was killed meanwhile.
+    registers: Option<arch::Registers>,
+}
+
+impl Stopped {
+    fn registers(&self, tid: Pid) -> Result<arch::Registers, Errno> {
+        self.registers.map_or_else(|| ptrace::registers(tid), Ok)
+    }
 }
 
 /// All task ids below init, as ckpt sees them.
@@ -46,6 +65,26 @@ fn all_tasks(init: i32) -> Vec<Pid> {
         pending.extend(children);
     }
     out
+}
+
+/// Where tasks turn up that were not there when a job was observed all of whose named tasks stood still: in the lists of threads,
+/// among the children of init and of main threads, to which orphans go (PR_SET_CHILD_SUBREAPER), and of threads that have children, which could
+/// add to them (CLONE_PARENT). A thread that had none and stands still has none.
+fn newcomers(job: &Job) -> Vec<Pid> {
+    let known: BTreeSet<i32> = job.processes.iter().map(|p| p.host.as_raw()).collect();
+    let parents = |p: &Process| {
+        let of = p.host;
+        let parents = p.threads.iter().filter(move |t| t.is_parent || t.host == of);
+        parents.flat_map(move |t| children_of_thread(of.as_raw(), t.host.as_raw())).collect::<Vec<_>>()
+    };
+    let adopted = job.processes.iter().flat_map(parents);
+    let new = children(job.info.init).into_iter().chain(adopted).filter(|c| !known.contains(c));
+    job.processes
+        .iter()
+        .flat_map(|p| threads(p.host.as_raw()).unwrap_or_default())
+        .chain(new)
+        .map(Pid::from_raw)
+        .collect()
 }
 
 fn is_zombie(tid: Pid) -> bool {
@@ -72,35 +111,34 @@ fn pending_signals(tid: Pid) -> Result<u64, Errno> {
 }
 
 /// Some calls return EINTR because of the stop alone. They are issued again, at once, so that the application doesn't
-/// see it whatever happens to the dumper next.
-pub(super) fn reissue_interrupted_call(tid: Pid) -> Result<(), DumpError> {
+/// see it whatever happens to the dumper next. The registers that it has then, unless it is gone.
+pub(super) fn reissue_interrupted_call(tid: Pid) -> Result<Option<arch::Registers>, DumpError> {
     let step = || {
-        let r = ptrace::registers(tid)?;
+        let mut r = ptrace::registers(tid)?;
         if arch::interrupted(&r, true) == arch::Interrupted::ByUs
             && pending_signals(tid)? & !ptrace::signal_mask(tid)? == 0
         {
-            ptrace::set_registers(tid, &arch::reissued(&r))?;
+            r = arch::reissued(&r);
+            ptrace::set_registers(tid, &r)?;
         }
         // An error here leaves a short count, which is no reason to give up.
-        let _ = short_write::continue_write(tid, &r);
-        Ok(())
+        Ok(short_write::continue_write(tid, &r).ok().flatten().unwrap_or(r))
     };
     match step() {
-        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Ok(registers) => Ok(Some(registers)),
+        Err(Errno::ESRCH) => Ok(None),
         Err(e) => Err(DumpError::errno(tid.as_raw(), "looking at an interrupted call")(e)),
     }
 }
 
 impl Tasks {
-    fn seize(&mut self, tid: Pid) -> Result<(), DumpError> {
+    fn seize(&mut self, tid: Pid, seized: &mut Vec<Pid>) -> Result<(), DumpError> {
         match ptrace::seize(tid, ptrace::LIVE_OPTIONS) {
             Ok(()) => {
                 // Known before it is interrupted: whatever fails next, it is let go again.
                 self.running.insert(tid, Instant::now());
-                match ptrace::interrupt(tid) {
-                    Ok(()) | Err(Errno::ESRCH) => Ok(()),
-                    Err(e) => Err(DumpError::errno(tid.as_raw(), "PTRACE_INTERRUPT")(e)),
-                }
+                seized.push(tid);
+                Ok(())
             }
             Err(Errno::ESRCH) => Ok(()),
             Err(Errno::EPERM) if is_zombie(tid) => Ok(()),
@@ -123,9 +161,17 @@ impl Tasks {
 
     /// Stops these tasks and all that they make meanwhile.
     fn stop(&mut self, found: &[Pid]) -> Result<(), DumpError> {
+        // First all are seized, which stops none.
+        let mut seized = Vec::with_capacity(found.len());
         for tid in found {
             if !self.stopped.contains_key(tid) && !self.running.contains_key(tid) {
-                self.seize(*tid)?;
+                self.seize(*tid, &mut seized)?;
+            }
+        }
+        for tid in seized {
+            match ptrace::interrupt(tid) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(e) => return Err(DumpError::errno(tid.as_raw(), "PTRACE_INTERRUPT")(e)),
             }
         }
         let started = Instant::now();
@@ -147,14 +193,19 @@ impl Tasks {
     /// Tasks of the job that do not stand still yet.
     fn missing(&self, job: &Job) -> Vec<Pid> {
         let running = |tid: &Pid| !self.stopped.contains_key(tid) && !is_zombie(*tid);
-        let seen = job.processes.iter().flat_map(|p| &p.threads).map(|t| t.host);
-        let missing: Vec<Pid> = seen.filter(running).collect();
+        let seen = || job.processes.iter().flat_map(|p| &p.threads).map(|t| t.host);
+        let missing: Vec<Pid> = seen().filter(running).collect();
         if !missing.is_empty() {
             return missing;
         }
         // One that was made just before its maker was stopped may have handed on to another and ended while the list was
         // read. A second one that names nobody else is complete.
-        all_tasks(job.info.init).into_iter().filter(running).collect()
+        let second = if !job.vanished && seen().all(|tid| self.stopped.contains_key(&tid)) {
+            newcomers(job)
+        } else {
+            all_tasks(job.info.init)
+        };
+        second.into_iter().filter(running).collect()
     }
 
     fn reap_stops(&mut self) -> Result<(), DumpError> {
@@ -163,9 +214,9 @@ impl Tasks {
             match ptrace::try_wait(tid) {
                 Ok(None) => {}
                 Ok(Some((_, Stop::Event { signal }))) => {
-                    reissue_interrupted_call(tid)?;
+                    let registers = reissue_interrupted_call(tid)?;
                     self.running.remove(&tid);
-                    self.stopped.insert(tid, signal);
+                    self.stopped.insert(tid, Stopped { signal, registers });
                 }
                 // A signal that was on its way: let it be delivered, the interrupt is still pending.
                 Ok(Some((_, Stop::Signal(s)))) => self.go_on(tid, s)?,
@@ -203,7 +254,7 @@ impl Tasks {
     fn release_vfork_children(&mut self) -> Result<(), DumpError> {
         let waiting: Vec<Pid> = self.running.keys().copied().collect();
         for tid in waiting {
-            for child in children(tid.as_raw()) {
+            for child in children_of_thread(tid.as_raw(), tid.as_raw()) {
                 let child = Pid::from_raw(child);
                 let same = ckpt_sys::task::kcmp(tid, child, ckpt_sys::task::Shared::Memory);
                 if same == Ok(std::cmp::Ordering::Equal) && self.stopped.remove(&child).is_some() {
@@ -215,6 +266,26 @@ impl Tasks {
         Ok(())
     }
 
+    fn registers(&self, tid: Pid) -> Result<arch::Registers, Errno> {
+        self.stopped.get(&tid).map_or_else(|| ptrace::registers(tid), |s| s.registers(tid))
+    }
+
+    /// Reads what only a stopped task shows. Its status is of this stop.
+    fn look(&self, t: &Task, pid: i32) -> Result<Frozen, DumpError> {
+        let tid = t.host;
+        let mut registers = self.registers(tid).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
+        let mask = ptrace::signal_mask(tid).map_err(DumpError::errno(pid, "PTRACE_GETSIGMASK"))?;
+        let set = |key| status_value(&t.status, key).and_then(|v| u64::from_str_radix(v, 16).ok());
+        let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidData);
+        let pending = set("SigPnd").zip(set("ShdPnd")).map(|(own, shared)| own | shared).ok_or_else(invalid);
+        let pending =
+            pending.map_err(DumpError::process(pid, format!("pending signals of thread {}", t.tid)))?;
+        let rseq = ptrace::rseq(tid).map_err(DumpError::errno(pid, "PTRACE_GET_RSEQ_CONFIGURATION"))?;
+        let rseq = Some(rseq).filter(|r| r.pointer != 0);
+        let cpu = rseq.and_then(|r| leave_critical_section(tid, r.pointer, &mut registers));
+        Ok(Frozen { registers, mask, quiet: pending & !mask == 0, rseq, cpu })
+    }
+
     /// A task may still be finishing the code of a dumper that was killed: it must be through before that is overwritten,
     /// and what it undoes is seen only afterwards. True if there was one.
     fn leave(&mut self, threads: &[Task], padding: Padding, pid: i32) -> Result<bool, DumpError> {
@@ -222,7 +293,7 @@ impl Tasks {
         let mut went_on = false;
         for t in threads {
             loop {
-                let r = ptrace::registers(t.host).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
+                let r = self.registers(t.host).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
                 if !(padding.start..padding.write_places().start).contains(&r.rip) {
                     break;
                 }
@@ -309,7 +380,8 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         }
         if !look_again {
             for p in job.live().filter(|p| p.closed && !dispatching.contains(&p.pid)) {
-                look_again |= opened.open(p, look(p.host, p.pid)?, &mut refusals)?;
+                let Some(leader) = p.threads.first() else { continue };
+                look_again |= opened.open(p, tasks.look(leader, p.pid)?, &mut refusals)?;
             }
         }
         if !look_again {
@@ -317,7 +389,7 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         }
     };
     for p in job.processes.iter_mut().filter(|p| p.zombie.is_none()) {
-        p.stopped = tasks.stopped.get(&p.host).is_some_and(|s| *s != libc::SIGTRAP);
+        p.stopped = tasks.stopped.get(&p.host).is_some_and(|s| s.signal != libc::SIGTRAP);
         let made_dumpable = opened.get(p.pid);
         p.dumpable = made_dumpable.as_ref().map(|o| o.value);
         // The registers of its main thread are those of an injection now.
@@ -325,7 +397,7 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         for t in &mut p.threads {
             t.frozen = match &leader {
                 Some(frozen) if t.tid == p.pid => Some(frozen.clone()),
-                _ => Some(look(t.host, p.pid)?),
+                _ => Some(tasks.look(t, p.pid)?),
             };
         }
     }
@@ -375,37 +447,23 @@ fn not_stopped(tid: Pid) -> DumpError {
     DumpError::NotStopped { pid: barrier::inner(barrier::process_of(tid)), reason }
 }
 
-/// Reads what only a stopped task shows.
-fn look(tid: Pid, pid: i32) -> Result<Frozen, DumpError> {
-    let registers = ptrace::registers(tid).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
-    let mask = ptrace::signal_mask(tid).map_err(DumpError::errno(pid, "PTRACE_GETSIGMASK"))?;
-    let pending = pending_signals(tid).map_err(DumpError::errno(pid, "PTRACE_PEEKSIGINFO"))?;
-    let mut registers = registers;
-    leave_critical_section(tid, &mut registers);
-    Ok(Frozen { registers, mask, quiet: pending & !mask == 0 })
-}
-
 /// A task inside a restartable sequence goes to its abort handler: the kernel would not send it there any more once
-/// it has been seen outside (rseq(2), `struct rseq_cs`).
-fn leave_critical_section(tid: Pid, registers: &mut arch::Registers) {
-    let Ok(rseq) = ptrace::rseq(tid) else { return };
-    if rseq.pointer == 0 {
-        return;
-    }
-    let mut word = [0u8; 8];
-    if ckpt_sys::memory::read(tid, rseq.pointer + 8, &mut word).is_err() {
-        return;
-    }
-    let cs = u64::from_le_bytes(word);
+/// it has been seen outside (rseq(2), `struct rseq_cs`). Tells the CPU that its area names.
+fn leave_critical_section(tid: Pid, area: u64, registers: &mut arch::Registers) -> Option<usize> {
+    let word = |b: &[u8], i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap_or_default());
+    // Two halves of CPU numbers, and the address of the sequence.
+    let mut head = [0u8; 16];
+    ckpt_sys::memory::read(tid, area, &mut head).ok()?;
+    let (cpu, cs) = ((word(&head, 0) >> 32) as i32, word(&head, 8));
     let mut body = [0u8; 32];
-    if cs == 0 || ckpt_sys::memory::read(tid, cs, &mut body).is_err() {
-        return;
+    if cs != 0 && ckpt_sys::memory::read(tid, cs, &mut body).is_ok() {
+        let (start, length, abort) = (word(&body, 8), word(&body, 16), word(&body, 24));
+        if registers.rip.wrapping_sub(start) < length {
+            registers.rip = abort;
+        }
     }
-    let at = |i: usize| u64::from_le_bytes(body[i..i + 8].try_into().unwrap_or_default());
-    let (start, length, abort) = (at(8), at(16), at(24));
-    if registers.rip.wrapping_sub(start) < length {
-        registers.rip = abort;
-    }
+    // Anything may stand there.
+    usize::try_from(cpu).ok().filter(|cpu| *cpu < MOST_CPUS)
 }
 
 impl FrozenJob {
@@ -425,5 +483,89 @@ impl FrozenJob {
             let _ = ckpt_sys::task::kill(p.host, libc::SIGKILL);
         }
         let _ = ckpt_sys::task::kill(Pid::from_raw(self.job.info.init), libc::SIGKILL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::process::Keep;
+    use std::collections::HashMap;
+    use std::process::{Command, Stdio};
+
+    /// This process and `init`, as a job.
+    fn job(init: i32) -> Job {
+        let mut job = Job::default();
+        job.info.init = init;
+        let me = Process::observe(std::process::id() as i32, &HashMap::new(), None, false, &mut Keep::none());
+        job.processes.push(me.unwrap().unwrap());
+        job
+    }
+
+    #[test]
+    fn who_turns_up_after_the_first_list_is_in_the_second() {
+        let shell = |script: &str| {
+            Command::new("sh")
+                .args(["-c", script])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap()
+        };
+        let mut init = shell("read line");
+        let before = job(init.id() as i32);
+        // A thread of a known process.
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            tell.send(ckpt_sys::task::this()).unwrap();
+            let _ = ended.recv();
+        });
+        let tid = told.recv().unwrap();
+        assert!(newcomers(&before).contains(&tid));
+        // An orphan of a known process, which adopts orphans.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        let mut parent = shell("sleep 100 >/dev/null 2>&1 & echo $!");
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(parent.stdout.take().unwrap()), &mut line)
+            .unwrap();
+        parent.wait().unwrap();
+        let orphan = Pid::from_raw(line.trim().parse().unwrap());
+        assert!(newcomers(&before).contains(&orphan));
+        // And one of init's.
+        let mut init_of_another = job(std::process::id() as i32);
+        init_of_another.processes.clear();
+        assert!(newcomers(&init_of_another).contains(&orphan));
+        nix::sys::prctl::set_child_subreaper(false).unwrap();
+        ckpt_sys::task::kill(orphan, libc::SIGKILL).unwrap();
+        ptrace::reap(orphan).unwrap();
+        drop(end);
+        thread.join().unwrap();
+        // Another child of a thread that has one.
+        let (ask, asked) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let mut made = Vec::new();
+            while asked.recv().is_ok() {
+                made.push(shell("read line"));
+                tell.send(Pid::from_raw(made[made.len() - 1].id() as i32)).unwrap();
+            }
+            made.iter_mut().for_each(|child| {
+                drop(child.stdin.take());
+                child.wait().unwrap();
+            });
+        });
+        let next = || {
+            ask.send(()).unwrap();
+            told.recv().unwrap()
+        };
+        next();
+        let before = job(init.id() as i32);
+        let second = next();
+        assert!(newcomers(&before).contains(&second));
+        drop(ask);
+        thread.join().unwrap();
+        drop(init.stdin.take());
+        init.wait().unwrap();
     }
 }
