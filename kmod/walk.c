@@ -219,7 +219,10 @@ static inline unsigned long ckpt_walk_pte(struct ckpt_walk *walk, pte_t *ptep, b
 	if (pte_none(pte))
 		return 0;
 	if (!pte_present(pte)) {
-		if (is_pte_marker_entry(pte_to_swp_entry(pte)))
+		swp_entry_t swap = pte_to_swp_entry(pte);
+
+		/* Of userfaultfd, where there is no page. Other marks are left by one that was lost. */
+		if (is_pte_marker_entry(swap) && !(pte_marker_get(swap) & ~PTE_MARKER_UFFD_WP))
 			return 0;
 		/* In swap after all, or being migrated. */
 		return CKPT_KIND_COPY;
@@ -539,7 +542,9 @@ static int ckpt_list_foreign(struct ckpt_snapshot *snap, struct mm_struct *mm)
 		nr += ckpt_is_foreign(vma);
 	if (!nr)
 		return 0;
-	snap->foreign = kvmalloc_array(nr, sizeof(*snap->foreign), GFP_KERNEL_ACCOUNT);
+	/* As CKPT_GFP, with what kvmalloc knows of it. */
+	snap->foreign = kvmalloc_array(nr, sizeof(*snap->foreign),
+				       GFP_KERNEL_ACCOUNT | __GFP_RETRY_MAYFAIL | __GFP_NOWARN);
 	if (!snap->foreign)
 		return -ENOMEM;
 	vma_iter_init(&vmi, mm, 0);

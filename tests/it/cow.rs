@@ -10,7 +10,7 @@ use ckpt_tests::{
     guest::{GUEST_DEADLINE, Guest, passes},
     job::Job,
     process::{HostProcess, Running, poll_until},
-    proof::{each_user, left_nothing_behind, with_ready_job},
+    proof::{each_user, left_nothing_behind, prove_with_engine, with_ready_job},
     sandbox::Sandbox,
     stage::stage,
     user::Users,
@@ -84,6 +84,11 @@ fn a_checkpoint_is_of_one_moment() {
             end(sandbox, nonce)
         })
     });
+}
+
+#[test]
+fn all_processes_are_of_one_moment() {
+    prove_with_engine(&Guest::new("moment_processes").in_motion(), "cow");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! The other snapshot engines, which share nothing with the default but the seam between them: guests restored from
 //! their images, and the same pages from all for a job that stands still.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use ckpt_tests::{
     Failure, Outcome, announce,
@@ -59,6 +59,7 @@ by_the_other_engines! {
     threads => Guest::new("thread_registers");
     spliced => Guest::new("mem_spliced");
     moment => Guest::new("cow_moment").in_motion();
+    moment_of_processes => Guest::new("moment_processes").in_motion();
 }
 
 #[test]
@@ -133,12 +134,12 @@ mod module {
             .map_err(|e| Failure(format!("no JSON: {e}\n{}", dumped.report())))
     }
 
-    fn dump(job: &Job<'_>, options: &[&str]) -> Outcome<serde_json::Value> {
+    pub(super) fn dump(job: &Job<'_>, options: &[&str]) -> Outcome<serde_json::Value> {
         said_by(&job.succeed(&[&["dump", &job.name, "--json"], options].concat(), &[])?)
     }
 
     /// By this engine, with these words among the reasons, or with none about the module.
-    fn is_by(said: &serde_json::Value, engine: &str, why: Option<&str>) -> Outcome<()> {
+    pub(super) fn is_by(said: &serde_json::Value, engine: &str, why: Option<&str>) -> Outcome<()> {
         let reasons = said["engine_reasons"].to_string();
         let right = why.map_or_else(|| !reasons.contains("kmod:"), |why| reasons.contains(why));
         match said["engine"] == engine && right {
@@ -147,7 +148,16 @@ mod module {
         }
     }
 
-    fn contains(said: &Finished, words: &str) -> Outcome<()> {
+    /// By the module, without an exception.
+    pub(super) fn keeps_all(said: &serde_json::Value) -> Outcome<()> {
+        is_by(said, "kmod", None)?;
+        match said["engine_reasons"].to_string().contains("not kept") {
+            false => Ok(()),
+            true => Err(Failure(format!("not all is kept: {said}"))),
+        }
+    }
+
+    pub(super) fn contains(said: &Finished, words: &str) -> Outcome<()> {
         match said.stdout.contains(words) || said.stderr.contains(words) {
             true => Ok(()),
             false => Err(Failure(format!("nothing of {words:?}:\n{}", said.report()))),
@@ -218,6 +228,37 @@ mod module {
         });
     }
 
+    pub(super) fn has_note(said: &serde_json::Value, words: &str) -> Outcome<()> {
+        match said["notes"].to_string().contains(words) {
+            true => Ok(()),
+            false => Err(Failure(format!("no note of {words:?}: {said}"))),
+        }
+    }
+
+    #[test]
+    fn keeps_a_process_whose_credentials_have_changed_since() {
+        if !has_module("changed credentials") {
+            return;
+        }
+        each_user("engines-credentials", Users::OnlyRoot, |sandbox| {
+            with_ready_job(&Guest::new("mem_refused").arg("drops"), sandbox, |job, nonce| {
+                let incremental = ["--engine", "kmod", "--incremental"];
+                keeps_all(&dump(job, &incremental)?)?;
+                refused::step(sandbox)?;
+                for _ in 0..2 {
+                    let said = dump(job, &incremental)?;
+                    keeps_all(&said)?;
+                    if said["parent"].is_null() || said["notes"] != serde_json::json!([]) {
+                        return Err(Failure(format!("not built on the one before: {said}")));
+                    }
+                }
+                job.kill()?;
+                job.restore(None, &[])?;
+                passes(sandbox, nonce)
+            })
+        });
+    }
+
     #[test]
     fn leaves_nothing_in_the_process() {
         if !has_module("nothing left") {
@@ -234,6 +275,167 @@ mod module {
                     dump_by(job, "kmod", &["--incremental"])?;
                     left_nothing_behind(&before, init)?;
                 }
+                passes(sandbox, nonce)
+            })
+        });
+    }
+}
+
+/// Processes that the module refuses, beside others that it keeps.
+mod refused {
+    use super::module::{contains, dump, has_note, is_by, keeps_all};
+    use super::*;
+    use ckpt_tests::{job::Job, sandbox::Sandbox, stage::stage};
+
+    fn file(sandbox: &Sandbox, name: &str) -> Outcome<String> {
+        let read = || fs::read_to_string(sandbox.work.join(name)).ok();
+        poll_until(GUEST_DEADLINE, read).ok_or_else(|| Failure(format!("the guest makes no file {name}")))
+    }
+
+    /// Has both processes of the guest change their memory.
+    pub(super) fn step(sandbox: &Sandbox) -> Outcome<()> {
+        fs::write(sandbox.work.join("step"), "").map_err(|e| Failure(e.to_string()))?;
+        file(sandbox, "done")?;
+        file(sandbox, "child-done").map(drop)
+    }
+
+    /// The guest's child is not kept because of `why`, its parent is. The child is forked, or copied because of `not_forked`.
+    fn is_kept_without_the_child(
+        job: &Job<'_>,
+        sandbox: &Sandbox,
+        (why, not_forked): (&str, Option<&str>),
+    ) -> Outcome<()> {
+        let child = file(sandbox, "refused")?;
+        let not_kept = format!("pid {child} was not kept by the kernel module: {why}");
+        let copied = not_forked.map(|why| format!("pid {child} was copied while it stood still: {why}"));
+        let check = |said: &serde_json::Value| {
+            is_by(said, "kmod", Some(&not_kept))?;
+            let reasons = said["engine_reasons"].to_string();
+            let right = match &copied {
+                Some(copied) => reasons.contains(copied),
+                None => !reasons.contains("stood still"),
+            };
+            // Of the others, nothing but what the module never keeps.
+            let held = said["held_bytes"].as_u64().unwrap_or(0);
+            match right
+                && reasons.matches("was not kept").count() == 1
+                && (held >= 8 << 20) == copied.is_some()
+            {
+                true => Ok(()),
+                false => Err(Failure(format!("not the child alone, copied: {copied:?}: {said}"))),
+            }
+        };
+        let incremental = ["--engine", "kmod", "--incremental"];
+        check(&dump(job, &incremental)?)?;
+        step(sandbox)?;
+        let said = dump(job, &incremental)?;
+        check(&said)?;
+        has_note(&said, &format!("pid {child}: {why}; its memory is saved whole each time"))?;
+        if said["parent"].is_null() {
+            return Err(Failure(format!("not built on the one before: {said}")));
+        }
+        let full = job.dump(&["--engine", "kmod"])?;
+        contains(&full, &not_kept)?;
+        copied.map_or(Ok(()), |copied| contains(&full, &copied))?;
+        // The guest is restored from the chain, in which the child's memory has changed.
+        job.succeed(&["rm", &format!("{}@3", job.name)], &[])?;
+        job.kill()?;
+        job.restore(None, &[]).map(drop)
+    }
+
+    const SHARED: &str = "a device or a virtual machine shares its memory";
+
+    #[test]
+    fn leaves_memory_that_a_device_shares_to_the_others() {
+        if !has_module("a device shares memory") {
+            return;
+        }
+        let guest = Guest::new("mem_refused").arg("device");
+        // Children of one that adopts orphans are not forked either.
+        let cases =
+            [(guest.clone(), Users::Both, None), (guest.arg("adopts"), Users::OnlyPlain, Some("process "))];
+        for (guest, users, not_forked) in cases {
+            each_user(&guest.label(), users, |sandbox| {
+                with_ready_job(&guest, sandbox, |job, nonce| {
+                    is_kept_without_the_child(job, sandbox, (SHARED, not_forked))?;
+                    passes(sandbox, nonce)
+                })
+            });
+        }
+    }
+
+    #[test]
+    fn leaves_a_process_to_the_others_that_has_snapshots_enough() {
+        if !has_module("two snapshots") {
+            return;
+        }
+        each_user("engines-busy", Users::Both, |sandbox| {
+            let program = stage().compile("holder", false)?;
+            let words = [program.as_path(), &sandbox.work].map(|path| path.to_string_lossy().into_owned());
+            let holder = sandbox.start(&words, &[])?;
+            with_ready_job(&Guest::new("mem_refused").arg("session"), sandbox, |job, nonce| {
+                let why = "it has as many snapshots as it may have";
+                is_kept_without_the_child(job, sandbox, (why, None))?;
+                // The restored one has none.
+                keeps_all(&dump(job, &[])?)?;
+                fs::write(sandbox.work.join("release"), "").map_err(|e| Failure(e.to_string()))?;
+                let ended = holder.finish(GUEST_DEADLINE)?;
+                if ended.code != 0 {
+                    return Err(Failure(ended.report()));
+                }
+                passes(sandbox, nonce)
+            })
+        });
+    }
+}
+
+/// What changes the module for everybody. Run where nobody else uses it, with CKPT_TEST_ALONE set.
+mod alone {
+    use super::module::{contains, dump, has_note, is_by, keeps_all};
+    use super::*;
+
+    const MAX_PAGES: &str = "/sys/module/ckpt/parameters/max_pages";
+
+    /// What the module may keep of all processes, set to something else while this lives.
+    struct MaxPages(String);
+
+    impl MaxPages {
+        fn set(pages: &str) -> Outcome<MaxPages> {
+            let failed = |e: std::io::Error| Failure(format!("{MAX_PAGES}: {e}"));
+            let old = MaxPages(fs::read_to_string(MAX_PAGES).map_err(failed)?);
+            fs::write(MAX_PAGES, pages).map_err(failed)?;
+            Ok(old)
+        }
+    }
+
+    impl Drop for MaxPages {
+        fn drop(&mut self) {
+            let _ = fs::write(MAX_PAGES, &self.0);
+        }
+    }
+
+    #[test]
+    fn keeps_no_more_than_max_pages() {
+        if !has_module("max_pages") {
+            return;
+        }
+        if std::env::var_os("CKPT_TEST_ALONE").is_none() {
+            announce("skipped: max_pages: others may be using the module (CKPT_TEST_ALONE is not set)");
+            return;
+        }
+        const WHY: &str = "it has more memory than the module may keep (its parameter max_pages)";
+        each_user("engines-max-pages", Users::Both, |sandbox| {
+            with_ready_job(&Guest::new("mem_private_anon"), sandbox, |job, nonce| {
+                let limit = MaxPages::set("16")?;
+                let said = dump(job, &["--engine", "kmod", "--incremental"])?;
+                is_by(&said, "cow", Some(WHY))?;
+                has_note(&said, WHY)?;
+                contains(&job.dump(&["--engine", "kmod"])?, WHY)?;
+                is_by(&dump(job, &[])?, "cow", Some(WHY))?;
+                drop(limit);
+                job.kill()?;
+                job.restore(None, &[])?;
+                keeps_all(&dump(job, &[])?)?;
                 passes(sandbox, nonce)
             })
         });

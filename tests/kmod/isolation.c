@@ -2,6 +2,7 @@
 // A snapshot stays as it was, and the process has what it wrote, whatever happens to either.
 #include "harness.h"
 
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <sys/socket.h>
 
@@ -973,4 +974,36 @@ TEST(swapping_while_there_is_a_snapshot)
 	close(snapshot);
 	swap_out(memory, BYTES);
 	check_filled(memory, BYTES, 3);
+}
+
+// As linux/userfaultfd.h has it from 6.6 on.
+struct uffdio_poison_args {
+	struct uffdio_range range;
+	__u64 mode;
+	__s64 updated;
+};
+#define FEATURE_POISON (1 << 14)
+#define IOCTL_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison_args)
+
+TEST(poisoned_pages)
+{
+	char *memory = map_small(3 * PAGE);
+	struct uffdio_api api = { UFFD_API, FEATURE_POISON, 0 };
+	struct uffdio_register watched = { { (uintptr_t)memory, 3 * PAGE }, UFFDIO_REGISTER_MODE_MISSING, 0 };
+	struct uffdio_poison_args poison = { { (uintptr_t)memory + PAGE, PAGE }, 0, 0 };
+	int fd = syscall(SYS_userfaultfd, O_CLOEXEC), snapshot;
+
+	memset(memory, 1, PAGE);
+	CHECK(fd >= 0);
+	// Nothing leaves such pages before 6.6.
+	if (ioctl(fd, UFFDIO_API, &api))
+		return;
+	CHECK(ioctl(fd, UFFDIO_REGISTER, &watched) == 0);
+	CHECK(ioctl(fd, IOCTL_POISON, &poison) == 0);
+	close(fd);
+	snapshot = take(open_session(), 0, 0).fd;
+	CHECK_EQ(kind_of(snapshot, memory), CKPT_KIND_DATA);
+	// Not absent, which would be restored as zeros: whoever copies it finds that it cannot be read.
+	CHECK_EQ(kind_of(snapshot, memory + PAGE), CKPT_KIND_COPY);
+	CHECK_EQ(kind_of(snapshot, memory + 2 * PAGE), 0);
 }

@@ -183,6 +183,56 @@ TEST(memory_cgroup_of_the_reader)
 	CHECK(rmdir("/sys/fs/cgroup/reader") == 0);
 }
 
+static int hold_many_mappings(void *argument)
+{
+	char byte;
+
+	(void)argument;
+	send_fd(target_sockets[1], open_session());
+	CHECK_EQ(read(target_sockets[1], &byte, 1), 1);
+	return 0;
+}
+
+static int take_near_the_limit(void *session)
+{
+	struct ckpt_snapshot_args args;
+	char text[32];
+
+	snprintf(text, sizeof(text), "%d", getpid());
+	write_file("/sys/fs/cgroup/reader/cgroup.procs", text);
+	// The first one only for what it touches of its own.
+	close(take(*(int *)session, 0, 0).fd);
+	read_file("/sys/fs/cgroup/reader/memory.current", text, sizeof(text));
+	snprintf(text, sizeof(text), "%ld", atol(text) + 256 * 1024);
+	write_file("/sys/fs/cgroup/reader/memory.max", text);
+	CHECK_ERRNO(try_take(*(int *)session, 0, 0, &args), ENOMEM);
+	return 0;
+}
+
+TEST(memory_cgroup_of_the_reader_and_many_mappings)
+{
+	size_t mappings = 50000;
+	char *memory = mmap(NULL, mappings * PAGE, PROT_READ, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	int session;
+	pid_t pid;
+
+	CHECK(memory != MAP_FAILED);
+	// Each page is a mapping of its own; their list takes 16 bytes for each.
+	for (size_t i = 0; i < mappings; i += 2)
+		CHECK(mprotect(memory + i * PAGE, PAGE, PROT_NONE) == 0);
+	CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, target_sockets) == 0);
+	pid = spawn(hold_many_mappings, NULL);
+	CHECK(munmap(memory, mappings * PAGE) == 0);
+	session = receive_fd(target_sockets[0]);
+	try_write_file("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+	CHECK(mkdir("/sys/fs/cgroup/reader", 0755) == 0 || errno == EEXIST);
+	write_file("/sys/fs/cgroup/reader/memory.max", "max");
+	CHECK_EQ(wait_for(spawn(take_near_the_limit, &session)), 0);
+	CHECK_EQ(event_count("/sys/fs/cgroup/reader/memory.events", "oom_kill "), 0);
+	end_holder(pid);
+	CHECK(rmdir("/sys/fs/cgroup/reader") == 0);
+}
+
 // The target at its own limit: the copies that its writes need are charged to it, and it goes on if it can.
 static int write_at_the_limit(void *argument)
 {

@@ -228,9 +228,9 @@ pub(super) fn keep_all(
     }
     let mut took: Vec<_> = take_all(&wanted).into_iter().zip(wanted).collect();
     for (took, wanted) in &mut took {
-        // It has executed another program. Where it can't be attached anew, the reason is given below.
+        // It has executed another program, or its credentials have changed. Where it can't be attached anew, the reason is given below.
         if wanted.is_old
-            && matches!(took, Err(Errno::ESRCH))
+            && matches!(took, Err(Errno::ESRCH | Errno::EACCES))
             && let Ok(session) = attach(wanted.process, &mut beside)?
         {
             *wanted = fresh(wanted.process, session);
