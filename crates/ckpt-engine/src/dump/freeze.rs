@@ -8,6 +8,7 @@ use super::phases::Phases;
 use super::{barrier, discover, short_write};
 use crate::error::{DumpError, Refusals};
 use crate::model::Job;
+use crate::model::continued::Calls;
 use crate::model::process::{
     Frozen, Process, Task, children, children_of_thread, status_value, threads, threads_and_children,
 };
@@ -271,7 +272,7 @@ impl Tasks {
     }
 
     /// Reads what only a stopped task shows. Its status is of this stop.
-    fn look(&self, t: &Task, pid: i32) -> Result<Frozen, DumpError> {
+    fn look(&self, calls: &Calls, t: &Task, pid: i32) -> Result<Frozen, DumpError> {
         let tid = t.host;
         let mut registers = self.registers(tid).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
         let mask = ptrace::signal_mask(tid).map_err(DumpError::errno(pid, "PTRACE_GETSIGMASK"))?;
@@ -283,7 +284,8 @@ impl Tasks {
         let rseq = ptrace::rseq(tid).map_err(DumpError::errno(pid, "PTRACE_GET_RSEQ_CONFIGURATION"))?;
         let rseq = Some(rseq).filter(|r| r.pointer != 0);
         let cpu = rseq.and_then(|r| leave_critical_section(tid, r.pointer, &mut registers));
-        Ok(Frozen { registers, mask, quiet: pending & !mask == 0, rseq, cpu })
+        let continued = calls.of_stopped(tid, &registers);
+        Ok(Frozen { registers, mask, quiet: pending & !mask == 0, rseq, cpu, continued })
     }
 
     /// A task may still be finishing the code of a dumper that was killed: it must be through before that is overwritten,
@@ -381,7 +383,7 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         if !look_again {
             for p in job.live().filter(|p| p.closed && !dispatching.contains(&p.pid)) {
                 let Some(leader) = p.threads.first() else { continue };
-                look_again |= opened.open(p, tasks.look(leader, p.pid)?, &mut refusals)?;
+                look_again |= opened.open(p, tasks.look(&before.calls, leader, p.pid)?, &mut refusals)?;
             }
         }
         if !look_again {
@@ -397,7 +399,7 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         for t in &mut p.threads {
             t.frozen = match &leader {
                 Some(frozen) if t.tid == p.pid => Some(frozen.clone()),
-                _ => Some(tasks.look(t, p.pid)?),
+                _ => Some(tasks.look(&before.calls, t, p.pid)?),
             };
         }
     }

@@ -151,9 +151,6 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     }
     // As late as possible, so that little is different in the freeze; but no gate is closed yet. Nobody waits for a job that will be ended.
     let precopied = if stop { Precopied::default() } else { precopy(&found.job) };
-    if let Some(tracker) = tracker.as_mut().filter(|_| !stop) {
-        tracker.copy_early(&found.job)?;
-    }
     phases.end("precopy");
     let mut barrier = Barrier::new(&found.job, barrier);
     let how = How { stop, files: with_files.then_some(dir), flush, precopied: &precopied };
@@ -163,6 +160,11 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let taken = loop {
         barrier.wait()?;
         phases.end("barrier");
+        // The last thing before the freeze, which finds in it what was written since, and after the barrier, as it stops the job, too.
+        if let Some(tracker) = tracker.as_mut().filter(|_| assume) {
+            tracker.copy_early(&found.job)?;
+            phases.end("precopy");
+        }
         let prepared = match engine_now.take() {
             Some(prepared) => prepared,
             None => engine.prepare(&found.job, stop)?,

@@ -2,6 +2,7 @@
 //! The job as ckpt sees it: processes, mappings, open file descriptions, and which of them are one object.
 
 pub mod build_id;
+pub mod continued;
 pub mod file;
 pub mod memory;
 pub mod process;
@@ -92,6 +93,8 @@ pub struct Job {
     pub build_ids: build_id::BuildIds,
     /// Files that are mapped, by path: [`Job::file_at`].
     mapped: Mutex<HashMap<String, FileStat>>,
+    /// The calls in which its threads were seen, of the job as *discover* saw it.
+    pub calls: continued::Calls,
     /// Paths of watched files, found once.
     pub watched: watched::Watched,
     /// Order of descriptors (process as ckpt sees it, number) among those of one inode, as kcmp(2) has it.

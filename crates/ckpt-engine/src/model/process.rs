@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A process and its threads, read from /proc (proc_pid_stat(5), proc_pid_status(5)).
 
+use super::continued::Continued;
 use super::file::Descriptor;
 use super::memory::{self, Vma};
 use crate::error::DumpError;
@@ -106,6 +107,8 @@ pub struct Frozen {
     pub rseq: Option<RseqConfiguration>,
     /// The CPU that is noted there: where it last was in user mode.
     pub cpu: Option<usize>,
+    /// What it goes on with.
+    pub continued: Continued,
 }
 
 /// A process.

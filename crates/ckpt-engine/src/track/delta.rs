@@ -2,7 +2,7 @@
 //! What changed: found by one scan in the freeze. Few pages are copied there and then if they have not been before ([`super::early`]), which
 //! takes less time than a fork of everything; of many the engine takes a snapshot.
 
-use super::early::Known;
+use super::early::{self, Known};
 use super::held::{LIMIT_BYTES, Place, Room};
 use super::second::Second;
 use super::watch::{Look, Stretch, push};
@@ -178,7 +178,7 @@ fn plan(t: &Tracker, frozen: &FrozenJob, source: &Source) -> Result<Option<Plan>
             let parent_object = watched.and_then(|w| w.object).filter(|_| claims_same(s));
             match parent_object {
                 Some(parent_object) => {
-                    for (addr, bytes, known) in t.early.parts(id, s) {
+                    for (addr, bytes, known) in early::parts(t.early.as_ref(), id, s) {
                         let offset = r.offset + (addr - r.addr);
                         match known {
                             Known::Same => same.push(Same { offset, bytes, parent_object }),
@@ -240,6 +240,10 @@ pub(super) fn snapshot(
     let mut room = std::mem::take(&mut t.room);
     let before = room.used_bytes();
     let few = known.is_some_and(|bytes| bytes + before <= LIMIT_BYTES);
+    if !few {
+        // The engine may need as much.
+        room.shrink();
+    }
     // The engine is given what is left to it.
     let (mut left, mut held) = (Vec::new(), Vec::new());
     for (source, plan) in collected.sources.iter().zip(&plans) {
@@ -295,6 +299,7 @@ struct Delta {
 
 impl Snapshot for Delta {
     fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+        self.room.shrink();
         for h in &self.held[index] {
             sink(Piece::Data(h.offset, self.room.get(h.place)))?;
         }

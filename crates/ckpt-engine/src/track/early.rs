@@ -63,11 +63,11 @@ enum Found {
 }
 
 /// Looks through a mapping as it was when the job was looked at; with `protect` what is written is protected in the same step.
-fn look(pagemap: &File, start: u64, end: u64, protect: bool) -> Vec<Found> {
+fn look(pagemap: &File, start: u64, end: u64, protect: bool, sink: &mut dyn FnMut(Found)) {
     match pagemap::scan_writes(pagemap, start, end, protect) {
-        Ok(found) => found.into_iter().map(Found::Written).collect(),
+        Ok(found) => found.into_iter().map(Found::Written).for_each(sink),
         // Another mapping is there, or somewhere in it. What comes before that has been protected, and is not told.
-        Err(_) => vec![Found::Unknown(start, end - start)],
+        Err(_) => sink(Found::Unknown(start, end - start)),
     }
 }
 
@@ -78,7 +78,7 @@ fn written(tracking: &Tracking, job: &Job, protect: bool, sink: &mut dyn FnMut(&
         let Ok(pagemap) = pagemap_of(p.host) else { continue };
         for v in p.vmas.iter().filter(|v| v.has("uw") && !v.is_file()) {
             ckpt_sys::hook::point();
-            look(&pagemap, v.start, v.end, protect).into_iter().for_each(|found| sink(p, found));
+            look(&pagemap, v.start, v.end, protect, &mut |found| sink(p, found));
         }
     }
 }
@@ -86,7 +86,7 @@ fn written(tracking: &Tracking, job: &Job, protect: bool, sink: &mut dyn FnMut(&
 /// Copies what has been written, if it is not too little or too much. `room` is ready for what the freeze will have to copy.
 ///
 /// # Errors
-/// If it has been interrupted; the job runs on.
+/// If it has been interrupted, or a task does not stop; the job runs on.
 pub(super) fn copy(tracking: &Tracking, job: &Job, room: &mut Room) -> Result<Early, DumpError> {
     let mut out = Early::default();
     let mut bytes = 0;
@@ -98,7 +98,7 @@ pub(super) fn copy(tracking: &Tracking, job: &Job, room: &mut Room) -> Result<Ea
         room.touch(bytes);
         written(tracking, job, true, &mut |p, found| out.add(p, found, room));
         DumpError::if_interrupted()?;
-        if stop(job) {
+        if stop(job)? {
             let filled = room.fill(&Second::default());
             out.keep_only(|place| filled.has(place));
         } else {
@@ -113,13 +113,21 @@ pub(super) fn copy(tracking: &Tracking, job: &Job, room: &mut Room) -> Result<Ea
 }
 
 /// Stops all tasks and lets them go again. False if something may still write to pages without a look at their protection.
-fn stop(job: &Job) -> bool {
-    let Ok(frozen) = freeze::freeze(job, true, &mut Phases::default()) else { return false };
+///
+/// # Errors
+/// If a task does not stop. What holds it up would hold up the freeze as well, and it may still stop later: the dump must not go on.
+fn stop(job: &Job) -> Result<bool, DumpError> {
+    let frozen = match freeze::freeze(job, true, &mut Phases::default()) {
+        Ok(frozen) => frozen,
+        // All stood still, and run again.
+        Err(DumpError::Refused(_)) => return Ok(false),
+        Err(error) => return Err(error),
+    };
     let asynchronous = |v: &Vma| v.name == aio::RING_NAME || v.name.contains("[io_uring]");
     let safe = !frozen.job.live().any(|p| p.vmas.iter().any(asynchronous));
     let resumed = frozen.resume().is_ok();
     task::make_way();
-    safe && resumed
+    Ok(safe && resumed)
 }
 
 impl Early {
@@ -145,31 +153,31 @@ impl Early {
             }
         }
     }
+}
 
-    /// What is known of an unwritten stretch of a process, in parts: address, bytes.
-    pub(super) fn parts(&self, id: Option<ProcessId>, s: &Stretch) -> Vec<(u64, u64, Known)> {
-        let all = id.and_then(|id| self.protected.get(&id)).map_or(&[][..], Vec::as_slice);
-        let (mut out, mut at, end) = (Vec::new(), s.addr, s.addr + s.bytes);
-        for p in &all[all.partition_point(|p| p.addr + p.bytes <= at)..] {
-            let (from, to) = (p.addr.max(at), (p.addr + p.bytes).min(end));
-            if from >= to {
-                break;
-            }
-            if at < from {
-                out.push((at, from - at, Known::Same));
-            }
-            let known = match p.known {
-                Known::Copied(place) => Known::Copied(place.part(from - p.addr, to - from)),
-                other => other,
-            };
-            out.push((from, to - from, known));
-            at = to;
+/// What is known of an unwritten stretch of a process, in parts: address, bytes.
+pub(super) fn parts(early: Option<&Early>, id: Option<ProcessId>, s: &Stretch) -> Vec<(u64, u64, Known)> {
+    let all = early.zip(id).and_then(|(early, id)| early.protected.get(&id)).map_or(&[][..], Vec::as_slice);
+    let (mut out, mut at, end) = (Vec::new(), s.addr, s.addr + s.bytes);
+    for p in &all[all.partition_point(|p| p.addr + p.bytes <= at)..] {
+        let (from, to) = (p.addr.max(at), (p.addr + p.bytes).min(end));
+        if from >= to {
+            break;
         }
-        if at < end {
-            out.push((at, end - at, Known::Same));
+        if at < from {
+            out.push((at, from - at, Known::Same));
         }
-        out
+        let known = match p.known {
+            Known::Copied(place) => Known::Copied(place.part(from - p.addr, to - from)),
+            other => other,
+        };
+        out.push((from, to - from, known));
+        at = to;
     }
+    if at < end {
+        out.push((at, end - at, Known::Same));
+    }
+    out
 }
 
 #[cfg(test)]
@@ -188,16 +196,16 @@ mod tests {
         let list =
             vec![page(2, 3, Known::Copied(copied[0])), page(5, 1, Known::Written), page(9, 1, Known::Zero)];
         let early = Early { protected: BTreeMap::from([(id, list)]) };
-        let parts = |n: u64, pages: u64| {
+        let parts_of = |n: u64, pages: u64| {
             let s = Stretch { addr: n * PAGE, bytes: pages * PAGE, unwritten: true, doubtful: false };
             let by_page = |(addr, bytes, known)| (addr / PAGE, bytes / PAGE, known);
-            early.parts(Some(id), &s).into_iter().map(by_page).collect::<Vec<_>>()
+            parts(Some(&early), Some(id), &s).into_iter().map(by_page).collect::<Vec<_>>()
         };
         let part = |skipped: u64, pages: u64| Known::Copied(copied[0].part(skipped * PAGE, pages * PAGE));
-        assert_eq!(parts(0, 2), [(0, 2, Known::Same)]);
-        assert_eq!(parts(3, 1), [(3, 1, part(1, 1))]);
+        assert_eq!(parts_of(0, 2), [(0, 2, Known::Same)]);
+        assert_eq!(parts_of(3, 1), [(3, 1, part(1, 1))]);
         assert_eq!(
-            parts(1, 9),
+            parts_of(1, 9),
             [
                 (1, 1, Known::Same),
                 (2, 3, part(0, 3)),
@@ -206,9 +214,9 @@ mod tests {
                 (9, 1, Known::Zero)
             ]
         );
-        assert_eq!(parts(4, 3), [(4, 1, part(2, 1)), (5, 1, Known::Written), (6, 1, Known::Same)]);
-        assert_eq!(parts(10, 5), [(10, 5, Known::Same)]);
+        assert_eq!(parts_of(4, 3), [(4, 1, part(2, 1)), (5, 1, Known::Written), (6, 1, Known::Same)]);
+        assert_eq!(parts_of(10, 5), [(10, 5, Known::Same)]);
         let s = Stretch { addr: 2 * PAGE, bytes: PAGE, unwritten: true, doubtful: false };
-        assert_eq!(early.parts(None, &s), [(2 * PAGE, PAGE, Known::Same)]);
+        assert_eq!(parts(Some(&early), None, &s), [(2 * PAGE, PAGE, Known::Same)]);
     }
 }

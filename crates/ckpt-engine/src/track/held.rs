@@ -120,6 +120,12 @@ impl Room {
         Filled(results)
     }
 
+    /// Gives back what is not used.
+    pub(super) fn shrink(&mut self) {
+        let used = self.blocks.iter().take_while(|b| b.used > 0).count();
+        self.blocks.truncate(used);
+    }
+
     /// What is held there.
     pub(super) fn get(&self, place: Place) -> &[u8] {
         &self.blocks[place.block].bytes[place.at..place.at + place.bytes]

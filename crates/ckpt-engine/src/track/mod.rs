@@ -187,8 +187,8 @@ pub struct Tracker {
     by_engine: bool,
     /// Room for the pages that were written, already touched.
     room: held::Room,
-    /// What was copied there before the freeze.
-    early: early::Early,
+    /// What was copied there before the freeze, once that has been done.
+    early: Option<early::Early>,
     pages: delta::Pages,
     /// By source: pages that are those of the parent.
     same: Vec<Vec<delta::Same>>,
@@ -242,7 +242,7 @@ impl Tracker {
             notes,
             by_engine,
             room: held::Room::default(),
-            early: early::Early::default(),
+            early: None,
             pages: delta::Pages::default(),
             same: Vec::new(),
             flags: Vec::new(),
@@ -302,14 +302,15 @@ impl Tracker {
         self.tracking.processes.iter_mut().for_each(|w| w.object = None);
     }
 
-    /// Copies what has been written while the job runs, as late as possible before the freeze.
+    /// Copies what has been written while the job runs, as late as possible before the freeze, and once: a second time would not find
+    /// what the first has protected.
     ///
     /// # Errors
-    /// If it has been interrupted; the job runs on.
+    /// If it has been interrupted, or a task does not stop; the job runs on.
     pub fn copy_early(&mut self, job: &Job) -> Result<(), DumpError> {
-        if !self.by_engine && self.parent.is_some() {
+        if !self.by_engine && self.parent.is_some() && self.early.is_none() {
             ckpt_sys::hook::before_copy();
-            self.early = early::copy(&self.tracking, job, &mut self.room)?;
+            self.early = Some(early::copy(&self.tracking, job, &mut self.room)?);
         }
         Ok(())
     }
@@ -317,7 +318,7 @@ impl Tracker {
     /// The snapshot is not used, and another one will be taken: what was written before it is not known any more.
     pub fn begin_again(&mut self) {
         self.tracking.processes.iter_mut().for_each(|w| w.object = None);
-        self.early = early::Early::default();
+        self.early = Some(early::Early::default());
     }
 
     /// Takes the snapshot of the frozen job: by `engine` all that is not known to be unwritten.
