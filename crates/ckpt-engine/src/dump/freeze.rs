@@ -10,7 +10,7 @@ use crate::error::{DumpError, Refusals};
 use crate::model::Job;
 use crate::model::continued::Calls;
 use crate::model::process::{
-    Frozen, Process, Task, children, children_of_thread, status_value, threads, threads_and_children,
+    Frozen, Task, children, children_of_thread, status_value, threads, threads_and_children,
 };
 use ckpt_sys::arch;
 use ckpt_sys::inject::Padding;
@@ -68,24 +68,24 @@ fn all_tasks(init: i32) -> Vec<Pid> {
     out
 }
 
-/// Where tasks turn up that were not there when a job was observed all of whose named tasks stood still: in the lists of threads,
-/// among the children of init and of main threads, to which orphans go (PR_SET_CHILD_SUBREAPER), and of threads that have children, which could
-/// add to them (CLONE_PARENT). A thread that had none and stands still has none.
-fn newcomers(job: &Job) -> Vec<Pid> {
+/// The threads of a job that was observed while all of its named tasks stood still, if it has no child that was not there. Such a one
+/// would be among the children of init and of main threads, to which orphans go (PR_SET_CHILD_SUBREAPER; where the main thread has ended the
+/// job is refused), or of threads that have children, which could add to them (CLONE_PARENT). A thread that had none and stands still has none.
+fn threads_without_newcomers(job: &Job) -> Option<Vec<Pid>> {
     let known: BTreeSet<i32> = job.processes.iter().map(|p| p.host.as_raw()).collect();
-    let parents = |p: &Process| {
-        let of = p.host;
-        let parents = p.threads.iter().filter(move |t| t.is_parent || t.host == of);
-        parents.flat_map(move |t| children_of_thread(of.as_raw(), t.host.as_raw())).collect::<Vec<_>>()
-    };
-    let adopted = job.processes.iter().flat_map(parents);
-    let new = children(job.info.init).into_iter().chain(adopted).filter(|c| !known.contains(c));
-    job.processes
-        .iter()
-        .flat_map(|p| threads(p.host.as_raw()).unwrap_or_default())
-        .chain(new)
-        .map(Pid::from_raw)
-        .collect()
+    let is_new = |child: &i32| !known.contains(child);
+    if children(job.info.init).iter().any(is_new) {
+        return None;
+    }
+    let mut all = Vec::new();
+    for p in &job.processes {
+        let parents = p.threads.iter().filter(|t| t.is_parent || t.host == p.host);
+        if parents.flat_map(|t| children_of_thread(p.host.as_raw(), t.host.as_raw())).any(|c| is_new(&c)) {
+            return None;
+        }
+        all.extend(threads(p.host.as_raw()).ok()?.into_iter().map(Pid::from_raw));
+    }
+    Some(all)
 }
 
 fn is_zombie(tid: Pid) -> bool {
@@ -201,11 +201,9 @@ impl Tasks {
         }
         // One that was made just before its maker was stopped may have handed on to another and ended while the list was
         // read. A second one that names nobody else is complete.
-        let second = if !job.vanished && seen().all(|tid| self.stopped.contains_key(&tid)) {
-            newcomers(job)
-        } else {
-            all_tasks(job.info.init)
-        };
+        let is_calm = !job.vanished && seen().all(|tid| self.stopped.contains_key(&tid));
+        let second = Some(job).filter(|_| is_calm).and_then(threads_without_newcomers);
+        let second = second.unwrap_or_else(|| all_tasks(job.info.init));
         second.into_iter().filter(running).collect()
     }
 
@@ -491,16 +489,22 @@ impl FrozenJob {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::process::Keep;
+    use crate::model::process::{Keep, Process};
     use std::collections::HashMap;
     use std::process::{Command, Stdio};
 
-    /// This process and `init`, as a job.
-    fn job(init: i32) -> Job {
+    fn observe(pid: i32) -> Process {
+        Process::observe(pid, &HashMap::new(), None, false, &mut Keep::none()).unwrap().unwrap()
+    }
+
+    /// `init`, this process with its main thread and `thread` only, as other tests have threads and children of their own, and `child`.
+    fn job(init: i32, thread: Pid, child: Option<Pid>) -> Job {
         let mut job = Job::default();
         job.info.init = init;
-        let me = Process::observe(std::process::id() as i32, &HashMap::new(), None, false, &mut Keep::none());
-        job.processes.push(me.unwrap().unwrap());
+        let mut me = observe(std::process::id() as i32);
+        me.threads.retain(|t| t.host == me.host || t.host == thread);
+        job.processes.push(me);
+        job.processes.extend(child.map(|c| observe(c.as_raw())));
         job
     }
 
@@ -515,7 +519,7 @@ mod tests {
                 .unwrap()
         };
         let mut init = shell("read line");
-        let before = job(init.id() as i32);
+        let before = job(init.id() as i32, Pid::this(), None);
         // A thread of a known process.
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let (tell, told) = std::sync::mpsc::channel();
@@ -524,7 +528,7 @@ mod tests {
             let _ = ended.recv();
         });
         let tid = told.recv().unwrap();
-        assert!(newcomers(&before).contains(&tid));
+        assert!(threads_without_newcomers(&before).unwrap().contains(&tid));
         // An orphan of a known process, which adopts orphans.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let mut parent = shell("sleep 100 >/dev/null 2>&1 & echo $!");
@@ -533,11 +537,11 @@ mod tests {
             .unwrap();
         parent.wait().unwrap();
         let orphan = Pid::from_raw(line.trim().parse().unwrap());
-        assert!(newcomers(&before).contains(&orphan));
+        assert!(threads_without_newcomers(&before).is_none());
         // And one of init's.
-        let mut init_of_another = job(std::process::id() as i32);
+        let mut init_of_another = job(std::process::id() as i32, Pid::this(), None);
         init_of_another.processes.clear();
-        assert!(newcomers(&init_of_another).contains(&orphan));
+        assert!(threads_without_newcomers(&init_of_another).is_none());
         nix::sys::prctl::set_child_subreaper(false).unwrap();
         ckpt_sys::task::kill(orphan, libc::SIGKILL).unwrap();
         ptrace::reap(orphan).unwrap();
@@ -550,7 +554,7 @@ mod tests {
             let mut made = Vec::new();
             while asked.recv().is_ok() {
                 made.push(shell("read line"));
-                tell.send(Pid::from_raw(made[made.len() - 1].id() as i32)).unwrap();
+                tell.send((ckpt_sys::task::this(), Pid::from_raw(made[made.len() - 1].id() as i32))).unwrap();
             }
             made.iter_mut().for_each(|child| {
                 drop(child.stdin.take());
@@ -561,10 +565,11 @@ mod tests {
             ask.send(()).unwrap();
             told.recv().unwrap()
         };
+        let (maker, first) = next();
+        let before = job(init.id() as i32, maker, Some(first));
+        assert!(threads_without_newcomers(&before).is_some());
         next();
-        let before = job(init.id() as i32);
-        let second = next();
-        assert!(newcomers(&before).contains(&second));
+        assert!(threads_without_newcomers(&before).is_none());
         drop(ask);
         thread.join().unwrap();
         drop(init.stdin.take());

@@ -249,7 +249,23 @@ impl Process {
         assume: bool,
         keep: &mut Keep,
     ) -> Result<Option<Process>, DumpError> {
-        match Self::read(host, inner, before, assume, keep) {
+        // While one of its other threads executes a program, the list of its threads may begin with no or another thread.
+        const TRIES: usize = 100;
+        let mut tries = 0;
+        let found = loop {
+            match Self::read(host, inner, before, assume, keep) {
+                Ok(p) if p.threads.first().is_none_or(|t| t.host != p.host) && tries < TRIES => {
+                    tries += 1;
+                    std::thread::yield_now();
+                }
+                found => break found,
+            }
+        };
+        let executes = || std::io::Error::new(ErrorKind::WouldBlock, "one of its threads executes a program");
+        match found {
+            Ok(p) if p.threads.first().is_none_or(|t| t.host != p.host) => {
+                Err(DumpError::process(host, "reading its threads")(executes()))
+            }
             Ok(p) => Ok(Some(p)),
             Err(_) if !std::path::Path::new(&format!("/proc/{host}")).exists() => Ok(None),
             Err(e) if matches!(e.kind(), ErrorKind::NotFound) => Ok(None),
@@ -280,9 +296,15 @@ impl Process {
                 None if tid == host => Ok((status_text.clone(), children_of_thread(host, tid))),
                 None => TaskFiles::open(host, tid).and_then(|f| files.insert(f).read()),
             };
-            let Ok((status, children_now)) = texts else {
-                vanished = true;
-                continue;
+            let (status, children_now) = match texts {
+                Ok(texts) => texts,
+                Err(e)
+                    if e.kind() == ErrorKind::NotFound || e.raw_os_error() == Some(ckpt_sys::libc::ESRCH) =>
+                {
+                    vanished = true;
+                    continue;
+                }
+                Err(e) => return Err(e),
             };
             let files = files.filter(|_| keep.one_more());
             let ids = status_value(&status, "NSpid").unwrap_or_default();
