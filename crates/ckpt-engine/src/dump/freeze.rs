@@ -10,7 +10,7 @@ use crate::error::{DumpError, Refusals};
 use crate::model::Job;
 use crate::model::continued::Calls;
 use crate::model::process::{
-    Frozen, Task, children, children_of_thread, status_value, threads, threads_and_children,
+    Frozen, Process, Task, children, children_of_thread, status_value, threads, threads_and_children,
 };
 use ckpt_sys::arch;
 use ckpt_sys::inject::Padding;
@@ -189,6 +189,23 @@ impl Tasks {
             }
         }
         Ok(())
+    }
+
+    /// Tasks that stood still, but by now are others: a thread that executes a program takes over the id of its main thread. They have to
+    /// be stopped, and looked at, anew.
+    fn others<'a>(&mut self, processes: impl Iterator<Item = &'a Process>) -> Result<Vec<Pid>, DumpError> {
+        let mut out = Vec::new();
+        for tid in processes.flat_map(|p| &p.threads).map(|t| t.host) {
+            match ptrace::is_in_event_stop(tid) {
+                Ok(true) => continue,
+                Ok(false) => self.go_on(tid, 0)?,
+                Err(Errno::ESRCH) => {}
+                Err(e) => return Err(DumpError::errno(tid.as_raw(), "PTRACE_GETSIGINFO")(e)),
+            }
+            self.stopped.remove(&tid);
+            out.push(tid);
+        }
+        Ok(out)
     }
 
     /// Tasks of the job that do not stand still yet.
@@ -371,6 +388,11 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
             std::thread::yield_now();
             continue;
         }
+        // The main thread of a process that has been made dumpable is in a stop of the injection.
+        found = tasks.others(job.live().filter(|p| !opened.has(p.pid)))?;
+        if !found.is_empty() && since.elapsed() < STOP_LIMIT {
+            continue;
+        }
         let dispatching = refuse_dispatching(&job, &mut refusals)?;
         let mut look_again = false;
         for p in job.live().filter(|p| !opened.has(p.pid)) {
@@ -489,7 +511,7 @@ impl FrozenJob {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::process::{Keep, Process};
+    use crate::model::process::Keep;
     use std::collections::HashMap;
     use std::process::{Command, Stdio};
 
