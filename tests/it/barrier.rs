@@ -342,6 +342,17 @@ fn a_vfork_without_end_is_named() {
     });
 }
 
+/// The memory that it lends is watched for incremental dumps.
+#[test]
+fn a_vfork_of_a_watched_process_is_waited_for() {
+    flow("barrier-vfork-watched", &Guest::new("vfork_wait").in_motion(), |sandbox, job, nonce| {
+        for _ in 0..4 {
+            job.dump(&["--incremental", "--barrier-timeout", LONG])?;
+        }
+        restored(job, sandbox, nonce)
+    });
+}
+
 /// A dumper that is killed while it waits leaves the gate closed, but not for long.
 #[test]
 fn the_gate_opens_by_itself_when_the_dumper_is_killed() {

@@ -81,3 +81,26 @@ blocked_by_a_full_socket_in! {
     writev_timeout;
     sendmmsg_timeout;
 }
+
+/// The kernel continues these by another call from the second stop on, which a restored task can't make.
+macro_rules! dumped_again_in {
+    ($($call:ident;)+) => {
+        mod dumped_again {
+            $(#[test]
+            fn $call() {
+                ckpt_tests::proof::prove_dumped_again(&ckpt_tests::guest::Guest::new("interrupted").arg(stringify!($call)));
+            })+
+        }
+    };
+}
+
+dumped_again_in! {
+    nanosleep;
+    nanosleep_out;
+    clock_nanosleep;
+    poll;
+    poll_forever;
+    poll_out;
+    futex_timeout;
+    futex_until;
+}

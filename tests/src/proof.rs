@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+
 use crate::{
     Failure, Outcome, announce,
     fingerprint::Fingerprint,
@@ -141,6 +143,27 @@ pub fn prove_generations(guest: &Guest, generations: u32) {
                 dump_and_kill(job, sandbox)?;
                 job.restore(None, &[])?;
             }
+            finish(guest, sandbox, job, nonce)
+        })
+    });
+}
+
+/// Like [`prove`], but the job has been stopped by a signal before, and has gone on, and is dumped twice before it is killed.
+///
+/// # Panics
+/// With a report, when the guest fails.
+pub fn prove_dumped_again(guest: &Guest) {
+    each_user(&format!("{}-again", guest.label()), guest.users, |sandbox| {
+        with_ready_job(guest, sandbox, |job, nonce| {
+            let processes = job.processes();
+            let guests = processes.get(1..).unwrap_or_default();
+            guests.iter().for_each(|p| p.signal(Signal::SIGSTOP));
+            poll_until(COMMAND_DEADLINE, || guests.iter().all(|p| p.is_stopped()).then_some(()))
+                .ok_or_else(|| Failure::new("the guest does not stop"))?;
+            guests.iter().for_each(|p| p.signal(Signal::SIGCONT));
+            job.dump(&[])?;
+            dump_and_kill(job, sandbox)?;
+            job.restore(None, &[])?;
             finish(guest, sandbox, job, nonce)
         })
     });

@@ -38,6 +38,7 @@ struct Outcome<'a> {
     incremental: Option<Changes<'a>>,
     engine_reasons: &'a [String],
     held_bytes: u64,
+    early_bytes: u64,
     duplicated_bytes: Option<u64>,
     /// Files and directories that were flushed (`--flush`).
     flushed_files: Option<usize>,
@@ -61,6 +62,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
     let name = &args.name;
     // Each process that is forked takes a descriptor until all are.
     ckpt_engine::restore::page_keeper::raise_limit();
+    ckpt_sys::descriptor::make_room();
     let job = ckpt_job::status(name)?;
     let _lock = ckpt_job::lock_for_dump(name)?;
     if job.status.missing_memory.is_some() {
@@ -187,6 +189,7 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
             engine: account.engine,
             engine_reasons: &account.reasons,
             held_bytes: account.held_bytes,
+            early_bytes: account.early_bytes,
             duplicated_bytes: account.duplicated_bytes,
             parent,
             incremental: args.incremental.then_some(Changes {
@@ -206,9 +209,13 @@ pub fn run(args: &DumpArgs, report: &Report) -> Result<ExitCode> {
         let mib = |bytes: u64| bytes as f64 / 1_048_576.0;
         let duplicated =
             account.duplicated_bytes.map_or("an unknown amount".to_owned(), |n| format!("{:.1} MiB", mib(n)));
+        let early = match account.early_bytes {
+            0 => String::new(),
+            n => format!(" and {:.1} MiB before", mib(n)),
+        };
         report.print(&format!(
             "{checkpoint}: {:.1} MiB, {processes} processes, {threads} threads, stood still for {pause:.1} ms\n\
-             engine {}: {:.1} MiB copied while it stood still, {duplicated} duplicated since",
+             engine {}: {:.1} MiB copied while it stood still{early}, {duplicated} duplicated since",
             mib(bytes),
             account.engine,
             mib(account.held_bytes)

@@ -2,7 +2,7 @@
 //! What can be asked of a descriptor that nix has no safe call for.
 
 use nix::errno::Errno;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 type Result<T> = std::result::Result<T, Errno>;
 
@@ -17,6 +17,20 @@ fn fcntl(fd: BorrowedFd<'_>, command: i32, arg: u64) -> Result<i32> {
 /// EBADF never, the descriptor being borrowed.
 pub fn flags(fd: BorrowedFd<'_>) -> Result<i32> {
     fcntl(fd, libc::F_GETFL, 0)
+}
+
+/// Makes this process's table of descriptors as large as a dump of many tasks needs. Later the kernel would make it larger step by
+/// step, and each time wait, for milliseconds, until no other thread of the process can be using the old one. Call it while there is one
+/// thread.
+pub fn make_room() {
+    const ENOUGH: u64 = 4096;
+    let limit = crate::task::limit(nix::unistd::Pid::this(), libc::RLIMIT_NOFILE);
+    let last = limit.map_or(0, |(soft, _)| soft.min(ENOUGH).saturating_sub(1));
+    // Whatever it refers to: the copy is gone at once.
+    if let Ok(copy) = fcntl(std::io::stderr().as_fd(), libc::F_DUPFD_CLOEXEC, last) {
+        // SAFETY: a new descriptor that nobody else owns.
+        drop(unsafe { OwnedFd::from_raw_fd(copy) });
+    }
 }
 
 /// Capacity of a pipe in bytes (F_GETPIPE_SZ).

@@ -59,6 +59,12 @@ pub fn before_freeze() {
     }
 }
 
+/// Before written memory is copied while the job runs: the same with `CKPT_TEST_BEFORE_COPY`.
+pub fn before_copy() {
+    #[cfg(feature = "test-hooks")]
+    hold("CKPT_TEST_BEFORE_COPY");
+}
+
 /// Between the writing of a checkpoint and its publication: the same with `CKPT_TEST_BEFORE_PUBLISH`.
 pub fn before_publish() {
     #[cfg(feature = "test-hooks")]

@@ -181,6 +181,27 @@ pub struct Live {
     /// Answers to queries that were asked in one batch: the query, its result, and where its bytes are in `filled`.
     answers: Vec<(Query, i64, usize)>,
     filled: Vec<u8>,
+    /// The list that stands at the start of the scratch pages, but for the results in it.
+    list: Vec<u8>,
+}
+
+/// Code that has done its work and still stands in a process.
+#[derive(Debug)]
+pub struct Left {
+    pid: Pid,
+    at: u64,
+    bytes: usize,
+}
+
+impl Left {
+    /// Takes it away.
+    ///
+    /// # Errors
+    /// If its place can't be written.
+    pub fn erase(self, memory: &Forced) -> Result<(), InjectError> {
+        let pid = self.pid;
+        memory.write(self.at, &vec![0; self.bytes]).map_err(|source| InjectError::Memory { pid, source })
+    }
 }
 
 impl Live {
@@ -199,7 +220,7 @@ impl Live {
         }
         memory.write(at, &block).map_err(|source| InjectError::Memory { pid, source })?;
         let block_bytes = block.len();
-        let (answers, filled) = (Vec::new(), Vec::new());
+        let (answers, filled, list) = (Vec::new(), Vec::new(), Vec::new());
         let live = Live {
             pid,
             block_bytes,
@@ -209,6 +230,7 @@ impl Live {
             stop_again: false,
             answers,
             filled,
+            list,
         };
         // From here on the task finishes by itself: first the registers, then the mask, which the block puts back.
         live.rest()?;
@@ -306,7 +328,11 @@ impl Live {
                 places.push(at as usize);
                 at += q.bytes().next_multiple_of(8);
             }
-            memory::write(pid, scratch, &entries).map_err(err("write scratch page"))?;
+            // Mostly that of the thread before. That all of it has been gone through is told by the bell, not by the results.
+            if entries != self.list {
+                memory::write(pid, scratch, &entries).map_err(err("write scratch page"))?;
+                self.list = entries;
+            }
             let Start { padding, bell, registers, .. } = self.start;
             self.until_rung(&arch::live_batch(&registers, padding.start, bell, scratch, n as u64))?;
             let base = self.filled.len();
@@ -407,6 +433,7 @@ impl Live {
     /// them, in another place. Until `before` is closed neither may be asked anything: if the tracer dies, both unmap them.
     pub fn inherit_scratch(&mut self, before: &mut Live) {
         self.mapped = std::mem::take(&mut before.mapped);
+        self.list = std::mem::take(&mut before.list);
     }
 
     /// Unmaps the scratch pages, so that an injection into another task of the process may have its own there.
@@ -418,6 +445,7 @@ impl Live {
             let args = [self.start.scratch, SCRATCH_BYTES, 0, 0, 0, 0];
             self.call("munmap of the scratch pages", libc::SYS_munmap, args)?;
             self.mapped = false;
+            self.list.clear();
         }
         Ok(())
     }
@@ -435,6 +463,8 @@ impl Live {
             return Ok((*n, out));
         }
         let at = if N > 0 { self.scratch()? } else { 0 };
+        // Its result may stand where the list was.
+        self.list.clear();
         let n = self.raw(q.nr, q.args(at))?;
         if N > 0 {
             let (pid, what) = (self.pid, "read scratch page");
@@ -457,7 +487,15 @@ impl Live {
     ///
     /// # Errors
     /// If the task could not be driven; it then finishes by itself.
-    pub fn close(mut self, memory: &Forced) -> Result<(), InjectError> {
+    pub fn close(self, memory: &Forced) -> Result<(), InjectError> {
+        self.leave()?.erase(memory)
+    }
+
+    /// As [`Live::close`], but for the code, which the next injection into the process may be written over.
+    ///
+    /// # Errors
+    /// As [`Live::close`].
+    pub fn leave(mut self) -> Result<Left, InjectError> {
         let pid = self.pid;
         let err = |what| move |errno| InjectError::Ptrace { pid, what, errno };
         self.release_scratch()?;
@@ -483,9 +521,7 @@ impl Live {
         ptrace::set_signal_mask(pid, self.start.mask).map_err(err("set signal mask"))?;
         ptrace::set_registers(pid, &arch::resume_live(&self.start.registers, self.start.quiet))
             .map_err(err("set registers"))?;
-        memory
-            .write(self.start.padding.start, &vec![0; self.block_bytes])
-            .map_err(|source| InjectError::Memory { pid, source })
+        Ok(Left { pid, at: self.start.padding.start, bytes: self.block_bytes })
     }
 }
 

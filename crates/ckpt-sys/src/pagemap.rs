@@ -131,18 +131,18 @@ pub fn scan_written(
 /// What [`scan_changes`] finds: stretches of pages, each list in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// In memory or in swap, and written: with [`PRESENT`], [`SWAPPED`] and [`ZERO`].
+    /// What [`scan_writes`] gives.
     pub written: Vec<Region>,
     /// In memory or in swap, and still protected. Among them may be zero pages.
     pub unwritten: Vec<Region>,
 }
 
-/// As [`scan_written`], for memory that has no file behind it, of a process that stands still. It takes less time where little was
-/// written: the kernel is not asked to name what is unwritten, only what is written and what is not there.
+/// The pages of `[start, end)` that are in memory or in swap, and written: with [`PRESENT`], [`SWAPPED`] and [`ZERO`], in order. With
+/// `protect` they are protected in the same step. For memory that has no file behind it.
 ///
 /// # Errors
 /// As [`scan_written`].
-pub fn scan_changes(pagemap: &File, start: u64, end: u64, protect: bool) -> Result<Changes, Errno> {
+pub fn scan_writes(pagemap: &File, start: u64, end: u64, protect: bool) -> Result<Vec<Region>, Errno> {
     let args = Arguments {
         flags: PM_SCAN_CHECK_WPASYNC | if protect { PM_SCAN_WP_MATCHING } else { 0 },
         category_mask: WRITTEN,
@@ -152,6 +152,16 @@ pub fn scan_changes(pagemap: &File, start: u64, end: u64, protect: bool) -> Resu
     };
     let mut written = Vec::new();
     all(pagemap, start, end, args, &mut |r| written.push(r))?;
+    Ok(written)
+}
+
+/// As [`scan_written`], for memory that has no file behind it, of a process that stands still. It takes less time where little was
+/// written: the kernel is not asked to name what is unwritten, only what is written and what is not there.
+///
+/// # Errors
+/// As [`scan_written`].
+pub fn scan_changes(pagemap: &File, start: u64, end: u64, protect: bool) -> Result<Changes, Errno> {
+    let written = scan_writes(pagemap, start, end, protect)?;
     let args = Arguments {
         flags: PM_SCAN_CHECK_WPASYNC,
         category_inverted: PRESENT | SWAPPED,
@@ -357,6 +367,16 @@ mod tests {
             scan_written(&pagemap(), m.addr, m.addr + m.bytes, true, true, &mut |_| ()),
             Err(Errno::EPERM)
         );
+    }
+
+    #[test]
+    fn a_scan_that_fails_has_protected_what_came_before() {
+        let Some(t) = tracking() else { return };
+        let m = Memory::map(8);
+        (0..8).for_each(|page| m.touch(page, 1));
+        t.register(m.addr, 4 * PAGE).unwrap();
+        assert_eq!(scan_writes(&pagemap(), m.addr, m.addr + m.bytes, true), Err(Errno::EPERM));
+        assert_eq!(scan_writes(&pagemap(), m.addr, m.addr + 4 * PAGE, false), Ok(Vec::new()));
     }
 
     #[test]

@@ -133,11 +133,10 @@ const NT_X86_XSTATE: usize = 0x202;
 /// # Errors
 /// ESRCH if the task is not stopped.
 pub fn xstate(pid: Pid) -> Result<Vec<u8>> {
-    let mut buf = vec![0u8; 16 * 1024];
+    let mut buf = [0u8; 16 * 1024];
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     request(libc::PTRACE_GETREGSET, pid, NT_X86_XSTATE, &raw mut iov as usize)?;
-    buf.truncate(iov.iov_len);
-    Ok(buf)
+    Ok(buf[..iov.iov_len].to_vec())
 }
 
 /// PTRACE_SETREGSET of what [`xstate`] gave.
@@ -237,6 +236,18 @@ pub fn dispatches_calls(pid: Pid) -> Result<bool> {
         Err(Errno::EIO) => Ok(false),
         Err(e) => Err(e),
     }
+}
+
+/// Whether a task is in the stop that PTRACE_INTERRUPT or job control made, and not in one of its own (PTRACE_GETSIGINFO: the event in
+/// si_code).
+///
+/// # Errors
+/// ESRCH if it does not stand still, or is another that has got this id by executing a program (execve(2) in a thread).
+pub fn is_in_event_stop(pid: Pid) -> Result<bool> {
+    let mut info = [0u8; size_of::<libc::siginfo_t>()];
+    request(libc::PTRACE_GETSIGINFO, pid, 0, info.as_mut_ptr() as usize)?;
+    let code = i32::from_ne_bytes(info[8..12].try_into().unwrap_or_default());
+    Ok(code >> 8 == libc::PTRACE_EVENT_STOP)
 }
 
 /// PTRACE_GETEVENTMSG: for a clone, fork or vfork event the new task's id.

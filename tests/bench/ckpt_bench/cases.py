@@ -30,6 +30,9 @@ from . import observer as ob
 from .host import GIB, MIB, Job, Process, read, wait_for
 from .samples import Failure, Samples, Unavailable
 
+# What a dump says that it has copied, and its figures.
+COPIED = (("held_bytes", "held_mib"), ("early_bytes", "early_mib"), ("duplicated_bytes", "duplicated_mib"))
+
 
 def ticker(host, memory_bytes, pages="4k", processes=1, threads=1, vmas=0):
     """The command line of the guest, once its observer is known."""
@@ -69,7 +72,7 @@ def note_dump(samples, job, ran, said, memory_bytes, prefix=""):
         samples.add(prefix + "throughput", memory_bytes / GIB / (ran.wall_ms / 1e3), "GiB/s")
     for phase, taken in (said.get("phases_ns") or {}).items():
         samples.add(f"{prefix}phase {phase}", taken / 1e6, "ms")
-    for field, name in (("held_bytes", "held_mib"), ("duplicated_bytes", "duplicated_mib")):
+    for field, name in COPIED:
         if said.get(field) is not None:
             samples.add(prefix + name, said[field] / MIB, "MiB")
     samples.note(prefix + "engine", said.get("engine"))
@@ -351,7 +354,7 @@ def ticks(host):
             ran, said = job.dump()
             guest_rates = _window(guest, after)
             samples.add("dump_s", ran.wall_ms / 1e3, "s")
-            for field, name in (("held_bytes", "held_mib"), ("duplicated_bytes", "duplicated_mib")):
+            for field, name in COPIED:
                 if said.get(field) is not None:
                     samples.add(name, said[field] / MIB, "MiB")
             host.quietly([host.ckpt, "rm", said["checkpoint"]])

@@ -9,7 +9,7 @@ use crate::model::process::{Frozen, Process, Task};
 use crate::resource::process::is_filtered;
 use crate::resource::{At, Collect, Collected, Resource, in_order};
 use ckpt_sys::arch::Making;
-use ckpt_sys::inject::{InjectError, Live, NO_CALL, Padding, Query, SCRATCH_BYTES, Start};
+use ckpt_sys::inject::{InjectError, Left, Live, NO_CALL, Padding, Query, SCRATCH_BYTES, Start};
 use ckpt_sys::memory::Forced;
 use ckpt_sys::task::{Beside, last_cpu};
 use ckpt_sys::{Errno, frozen_copy, libc};
@@ -63,10 +63,10 @@ pub fn collect(
         // Each thread's code stands before that of the thread before is taken away, so that there is always one to unmap
         // the scratch pages. That of a process made dumpable has one place only, and would unmap them at any time.
         let second = opened.is_none().then(|| padding.beside());
-        let mut before: Option<Live> = None;
+        let (mut before, mut left): (Option<Live>, Option<Left>) = (None, None);
         // The leader, then those of one CPU after those of another: each move between CPUs costs as much as a thread.
         let mut threads: Vec<(bool, Option<usize>, &Task)> =
-            p.threads.iter().map(|t| (t.tid != p.pid, last_cpu(p.host, t.host), t)).collect();
+            p.threads.iter().map(|t| (t.tid != p.pid, cpu_of(p, t), t)).collect();
         threads.sort_by_key(|(other, cpu, _)| (*other, *cpu));
         for (i, (_, cpu, t)) in threads.into_iter().enumerate().skip(usize::from(opened.is_some())) {
             beside.on(cpu);
@@ -79,7 +79,7 @@ pub fn collect(
             let mut live = open(p, t, &memory, place, scratch)?;
             if let Some(mut last) = before.take() {
                 live.inherit_scratch(&mut last);
-                last.close(&memory)?;
+                left = Some(last.leave()?);
             }
             if t.tid == p.pid {
                 live.prefetch(&asks(&order, job, &[At::Process(p), At::Thread(p, t)]))?;
@@ -93,8 +93,14 @@ pub fn collect(
         if let Some(last) = before {
             last.close(&memory)?;
         }
+        left.map_or(Ok(()), |code| code.erase(&memory))?;
     }
     Ok(out)
+}
+
+/// The CPU on which a thread ran last: most note it in their memory, and that it has been moved since is rare.
+fn cpu_of(p: &Process, t: &Task) -> Option<usize> {
+    t.frozen.as_ref().and_then(|f| f.cpu).or_else(|| last_cpu(p.host, t.host))
 }
 
 /// What all kinds will ask there.
@@ -192,7 +198,7 @@ pub(crate) fn open(
         source: std::io::Error::from(std::io::ErrorKind::NotFound),
     };
     let frozen = t.frozen.as_ref().ok_or_else(missing)?;
-    let Frozen { registers, mask, quiet } = *frozen;
+    let Frozen { registers, mask, quiet, .. } = *frozen;
     let start = Start { padding, scratch, registers, mask, quiet, last: NO_CALL, bell: bell(p, frozen) };
     Ok(Live::open(t.host, memory, start)?)
 }

@@ -47,6 +47,7 @@ pub fn discover(info: &JobInfo) -> Result<Discovered, DumpError> {
         }
     };
     job.build_ids = BuildIds::of_job(&job);
+    job.calls.look(&job);
     let memory_bytes = private_bytes(&job);
     Ok(Discovered { job, memory_bytes })
 }

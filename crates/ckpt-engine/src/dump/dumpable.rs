@@ -61,7 +61,7 @@ impl MadeDumpable {
         let memory = Forced::by_words(p.host);
         let padding = padding_of(p)?;
         let scratch = scratch_of(p)?;
-        let Frozen { registers, mask, quiet } = leader;
+        let Frozen { registers, mask, quiet, .. } = leader;
         let bell = bell(p, &leader);
         let start = |last| {
             Live::open(p.host, &memory, Start { padding, scratch, registers, mask, quiet, last, bell })

@@ -8,7 +8,10 @@ use super::phases::Phases;
 use super::{barrier, discover, short_write};
 use crate::error::{DumpError, Refusals};
 use crate::model::Job;
-use crate::model::process::{Frozen, Task, children, threads_and_children};
+use crate::model::continued::Calls;
+use crate::model::process::{
+    Frozen, Process, Task, children, children_of_thread, status_value, threads, threads_and_children,
+};
 use ckpt_sys::arch;
 use ckpt_sys::inject::Padding;
 use ckpt_sys::ptrace::{self, Stop};
@@ -18,6 +21,9 @@ use std::time::{Duration, Instant};
 
 /// How long a task may take to stop. A task in uninterruptible sleep (a dead network file system) takes for ever.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// More CPUs no kernel knows.
+const MOST_CPUS: usize = 8192;
 
 /// A job whose tasks are all stopped.
 #[derive(Debug)]
@@ -31,9 +37,23 @@ pub struct FrozenJob {
 
 #[derive(Debug, Default)]
 struct Tasks {
-    /// With the signal of a group stop, SIGTRAP otherwise.
-    stopped: BTreeMap<Pid, i32>,
+    stopped: BTreeMap<Pid, Stopped>,
     running: BTreeMap<Pid, Instant>,
+}
+
+/// A task that stands still.
+#[derive(Debug)]
+struct Stopped {
+    /// The signal of a group stop, SIGTRAP otherwise.
+    signal: i32,
+    /// Its registers, which nobody else can change; none if it was killed meanwhile.
+    registers: Option<arch::Registers>,
+}
+
+impl Stopped {
+    fn registers(&self, tid: Pid) -> Result<arch::Registers, Errno> {
+        self.registers.map_or_else(|| ptrace::registers(tid), Ok)
+    }
 }
 
 /// All task ids below init, as ckpt sees them.
@@ -46,6 +66,26 @@ fn all_tasks(init: i32) -> Vec<Pid> {
         pending.extend(children);
     }
     out
+}
+
+/// The threads of a job that was observed while all of its named tasks stood still, if it has no child that was not there. Such a one
+/// would be among the children of init and of main threads, to which orphans go (PR_SET_CHILD_SUBREAPER; where the main thread has ended the
+/// job is refused), or of threads that have children, which could add to them (CLONE_PARENT). A thread that had none and stands still has none.
+fn threads_without_newcomers(job: &Job) -> Option<Vec<Pid>> {
+    let known: BTreeSet<i32> = job.processes.iter().map(|p| p.host.as_raw()).collect();
+    let is_new = |child: &i32| !known.contains(child);
+    if children(job.info.init).iter().any(is_new) {
+        return None;
+    }
+    let mut all = Vec::new();
+    for p in &job.processes {
+        let parents = p.threads.iter().filter(|t| t.is_parent || t.host == p.host);
+        if parents.flat_map(|t| children_of_thread(p.host.as_raw(), t.host.as_raw())).any(|c| is_new(&c)) {
+            return None;
+        }
+        all.extend(threads(p.host.as_raw()).ok()?.into_iter().map(Pid::from_raw));
+    }
+    Some(all)
 }
 
 fn is_zombie(tid: Pid) -> bool {
@@ -72,35 +112,34 @@ fn pending_signals(tid: Pid) -> Result<u64, Errno> {
 }
 
 /// Some calls return EINTR because of the stop alone. They are issued again, at once, so that the application doesn't
-/// see it whatever happens to the dumper next.
-pub(super) fn reissue_interrupted_call(tid: Pid) -> Result<(), DumpError> {
+/// see it whatever happens to the dumper next. The registers that it has then, unless it is gone.
+pub(super) fn reissue_interrupted_call(tid: Pid) -> Result<Option<arch::Registers>, DumpError> {
     let step = || {
-        let r = ptrace::registers(tid)?;
+        let mut r = ptrace::registers(tid)?;
         if arch::interrupted(&r, true) == arch::Interrupted::ByUs
             && pending_signals(tid)? & !ptrace::signal_mask(tid)? == 0
         {
-            ptrace::set_registers(tid, &arch::reissued(&r))?;
+            r = arch::reissued(&r);
+            ptrace::set_registers(tid, &r)?;
         }
         // An error here leaves a short count, which is no reason to give up.
-        let _ = short_write::continue_write(tid, &r);
-        Ok(())
+        Ok(short_write::continue_write(tid, &r).ok().flatten().unwrap_or(r))
     };
     match step() {
-        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Ok(registers) => Ok(Some(registers)),
+        Err(Errno::ESRCH) => Ok(None),
         Err(e) => Err(DumpError::errno(tid.as_raw(), "looking at an interrupted call")(e)),
     }
 }
 
 impl Tasks {
-    fn seize(&mut self, tid: Pid) -> Result<(), DumpError> {
+    fn seize(&mut self, tid: Pid, seized: &mut Vec<Pid>) -> Result<(), DumpError> {
         match ptrace::seize(tid, ptrace::LIVE_OPTIONS) {
             Ok(()) => {
                 // Known before it is interrupted: whatever fails next, it is let go again.
                 self.running.insert(tid, Instant::now());
-                match ptrace::interrupt(tid) {
-                    Ok(()) | Err(Errno::ESRCH) => Ok(()),
-                    Err(e) => Err(DumpError::errno(tid.as_raw(), "PTRACE_INTERRUPT")(e)),
-                }
+                seized.push(tid);
+                Ok(())
             }
             Err(Errno::ESRCH) => Ok(()),
             Err(Errno::EPERM) if is_zombie(tid) => Ok(()),
@@ -123,9 +162,17 @@ impl Tasks {
 
     /// Stops these tasks and all that they make meanwhile.
     fn stop(&mut self, found: &[Pid]) -> Result<(), DumpError> {
+        // First all are seized, which stops none.
+        let mut seized = Vec::with_capacity(found.len());
         for tid in found {
             if !self.stopped.contains_key(tid) && !self.running.contains_key(tid) {
-                self.seize(*tid)?;
+                self.seize(*tid, &mut seized)?;
+            }
+        }
+        for tid in seized {
+            match ptrace::interrupt(tid) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(e) => return Err(DumpError::errno(tid.as_raw(), "PTRACE_INTERRUPT")(e)),
             }
         }
         let started = Instant::now();
@@ -144,17 +191,37 @@ impl Tasks {
         Ok(())
     }
 
+    /// Tasks that stood still, but by now are others: a thread that executes a program takes over the id of its main thread. They have to
+    /// be stopped, and looked at, anew.
+    fn others<'a>(&mut self, processes: impl Iterator<Item = &'a Process>) -> Result<Vec<Pid>, DumpError> {
+        let mut out = Vec::new();
+        for tid in processes.flat_map(|p| &p.threads).map(|t| t.host) {
+            match ptrace::is_in_event_stop(tid) {
+                Ok(true) => continue,
+                Ok(false) => self.go_on(tid, 0)?,
+                Err(Errno::ESRCH) => {}
+                Err(e) => return Err(DumpError::errno(tid.as_raw(), "PTRACE_GETSIGINFO")(e)),
+            }
+            self.stopped.remove(&tid);
+            out.push(tid);
+        }
+        Ok(out)
+    }
+
     /// Tasks of the job that do not stand still yet.
     fn missing(&self, job: &Job) -> Vec<Pid> {
         let running = |tid: &Pid| !self.stopped.contains_key(tid) && !is_zombie(*tid);
-        let seen = job.processes.iter().flat_map(|p| &p.threads).map(|t| t.host);
-        let missing: Vec<Pid> = seen.filter(running).collect();
+        let seen = || job.processes.iter().flat_map(|p| &p.threads).map(|t| t.host);
+        let missing: Vec<Pid> = seen().filter(running).collect();
         if !missing.is_empty() {
             return missing;
         }
         // One that was made just before its maker was stopped may have handed on to another and ended while the list was
         // read. A second one that names nobody else is complete.
-        all_tasks(job.info.init).into_iter().filter(running).collect()
+        let is_calm = !job.vanished && seen().all(|tid| self.stopped.contains_key(&tid));
+        let second = Some(job).filter(|_| is_calm).and_then(threads_without_newcomers);
+        let second = second.unwrap_or_else(|| all_tasks(job.info.init));
+        second.into_iter().filter(running).collect()
     }
 
     fn reap_stops(&mut self) -> Result<(), DumpError> {
@@ -163,9 +230,9 @@ impl Tasks {
             match ptrace::try_wait(tid) {
                 Ok(None) => {}
                 Ok(Some((_, Stop::Event { signal }))) => {
-                    reissue_interrupted_call(tid)?;
+                    let registers = reissue_interrupted_call(tid)?;
                     self.running.remove(&tid);
-                    self.stopped.insert(tid, signal);
+                    self.stopped.insert(tid, Stopped { signal, registers });
                 }
                 // A signal that was on its way: let it be delivered, the interrupt is still pending.
                 Ok(Some((_, Stop::Signal(s)))) => self.go_on(tid, s)?,
@@ -203,7 +270,7 @@ impl Tasks {
     fn release_vfork_children(&mut self) -> Result<(), DumpError> {
         let waiting: Vec<Pid> = self.running.keys().copied().collect();
         for tid in waiting {
-            for child in children(tid.as_raw()) {
+            for child in children_of_thread(tid.as_raw(), tid.as_raw()) {
                 let child = Pid::from_raw(child);
                 let same = ckpt_sys::task::kcmp(tid, child, ckpt_sys::task::Shared::Memory);
                 if same == Ok(std::cmp::Ordering::Equal) && self.stopped.remove(&child).is_some() {
@@ -215,6 +282,27 @@ impl Tasks {
         Ok(())
     }
 
+    fn registers(&self, tid: Pid) -> Result<arch::Registers, Errno> {
+        self.stopped.get(&tid).map_or_else(|| ptrace::registers(tid), |s| s.registers(tid))
+    }
+
+    /// Reads what only a stopped task shows. Its status is of this stop.
+    fn look(&self, calls: &Calls, t: &Task, pid: i32) -> Result<Frozen, DumpError> {
+        let tid = t.host;
+        let mut registers = self.registers(tid).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
+        let mask = ptrace::signal_mask(tid).map_err(DumpError::errno(pid, "PTRACE_GETSIGMASK"))?;
+        let set = |key| status_value(&t.status, key).and_then(|v| u64::from_str_radix(v, 16).ok());
+        let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidData);
+        let pending = set("SigPnd").zip(set("ShdPnd")).map(|(own, shared)| own | shared).ok_or_else(invalid);
+        let pending =
+            pending.map_err(DumpError::process(pid, format!("pending signals of thread {}", t.tid)))?;
+        let rseq = ptrace::rseq(tid).map_err(DumpError::errno(pid, "PTRACE_GET_RSEQ_CONFIGURATION"))?;
+        let rseq = Some(rseq).filter(|r| r.pointer != 0);
+        let cpu = rseq.and_then(|r| leave_critical_section(tid, r.pointer, &mut registers));
+        let continued = calls.of_stopped(tid, &registers);
+        Ok(Frozen { registers, mask, quiet: pending & !mask == 0, rseq, cpu, continued })
+    }
+
     /// A task may still be finishing the code of a dumper that was killed: it must be through before that is overwritten,
     /// and what it undoes is seen only afterwards. True if there was one.
     fn leave(&mut self, threads: &[Task], padding: Padding, pid: i32) -> Result<bool, DumpError> {
@@ -222,7 +310,7 @@ impl Tasks {
         let mut went_on = false;
         for t in threads {
             loop {
-                let r = ptrace::registers(t.host).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
+                let r = self.registers(t.host).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
                 if !(padding.start..padding.write_places().start).contains(&r.rip) {
                     break;
                 }
@@ -300,6 +388,11 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
             std::thread::yield_now();
             continue;
         }
+        // The main thread of a process that has been made dumpable is in a stop of the injection.
+        found = tasks.others(job.live().filter(|p| !opened.has(p.pid)))?;
+        if !found.is_empty() && since.elapsed() < STOP_LIMIT {
+            continue;
+        }
         let dispatching = refuse_dispatching(&job, &mut refusals)?;
         let mut look_again = false;
         for p in job.live().filter(|p| !opened.has(p.pid)) {
@@ -309,7 +402,8 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         }
         if !look_again {
             for p in job.live().filter(|p| p.closed && !dispatching.contains(&p.pid)) {
-                look_again |= opened.open(p, look(p.host, p.pid)?, &mut refusals)?;
+                let Some(leader) = p.threads.first() else { continue };
+                look_again |= opened.open(p, tasks.look(&before.calls, leader, p.pid)?, &mut refusals)?;
             }
         }
         if !look_again {
@@ -317,7 +411,7 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         }
     };
     for p in job.processes.iter_mut().filter(|p| p.zombie.is_none()) {
-        p.stopped = tasks.stopped.get(&p.host).is_some_and(|s| *s != libc::SIGTRAP);
+        p.stopped = tasks.stopped.get(&p.host).is_some_and(|s| s.signal != libc::SIGTRAP);
         let made_dumpable = opened.get(p.pid);
         p.dumpable = made_dumpable.as_ref().map(|o| o.value);
         // The registers of its main thread are those of an injection now.
@@ -325,7 +419,7 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         for t in &mut p.threads {
             t.frozen = match &leader {
                 Some(frozen) if t.tid == p.pid => Some(frozen.clone()),
-                _ => Some(look(t.host, p.pid)?),
+                _ => Some(tasks.look(&before.calls, t, p.pid)?),
             };
         }
     }
@@ -375,37 +469,23 @@ fn not_stopped(tid: Pid) -> DumpError {
     DumpError::NotStopped { pid: barrier::inner(barrier::process_of(tid)), reason }
 }
 
-/// Reads what only a stopped task shows.
-fn look(tid: Pid, pid: i32) -> Result<Frozen, DumpError> {
-    let registers = ptrace::registers(tid).map_err(DumpError::errno(pid, "PTRACE_GETREGS"))?;
-    let mask = ptrace::signal_mask(tid).map_err(DumpError::errno(pid, "PTRACE_GETSIGMASK"))?;
-    let pending = pending_signals(tid).map_err(DumpError::errno(pid, "PTRACE_PEEKSIGINFO"))?;
-    let mut registers = registers;
-    leave_critical_section(tid, &mut registers);
-    Ok(Frozen { registers, mask, quiet: pending & !mask == 0 })
-}
-
 /// A task inside a restartable sequence goes to its abort handler: the kernel would not send it there any more once
-/// it has been seen outside (rseq(2), `struct rseq_cs`).
-fn leave_critical_section(tid: Pid, registers: &mut arch::Registers) {
-    let Ok(rseq) = ptrace::rseq(tid) else { return };
-    if rseq.pointer == 0 {
-        return;
-    }
-    let mut word = [0u8; 8];
-    if ckpt_sys::memory::read(tid, rseq.pointer + 8, &mut word).is_err() {
-        return;
-    }
-    let cs = u64::from_le_bytes(word);
+/// it has been seen outside (rseq(2), `struct rseq_cs`). Tells the CPU that its area names.
+fn leave_critical_section(tid: Pid, area: u64, registers: &mut arch::Registers) -> Option<usize> {
+    let word = |b: &[u8], i: usize| u64::from_le_bytes(b[i..i + 8].try_into().unwrap_or_default());
+    // Two halves of CPU numbers, and the address of the sequence.
+    let mut head = [0u8; 16];
+    ckpt_sys::memory::read(tid, area, &mut head).ok()?;
+    let (cpu, cs) = ((word(&head, 0) >> 32) as i32, word(&head, 8));
     let mut body = [0u8; 32];
-    if cs == 0 || ckpt_sys::memory::read(tid, cs, &mut body).is_err() {
-        return;
+    if cs != 0 && ckpt_sys::memory::read(tid, cs, &mut body).is_ok() {
+        let (start, length, abort) = (word(&body, 8), word(&body, 16), word(&body, 24));
+        if registers.rip.wrapping_sub(start) < length {
+            registers.rip = abort;
+        }
     }
-    let at = |i: usize| u64::from_le_bytes(body[i..i + 8].try_into().unwrap_or_default());
-    let (start, length, abort) = (at(8), at(16), at(24));
-    if registers.rip.wrapping_sub(start) < length {
-        registers.rip = abort;
-    }
+    // Anything may stand there.
+    usize::try_from(cpu).ok().filter(|cpu| *cpu < MOST_CPUS)
 }
 
 impl FrozenJob {
@@ -425,5 +505,96 @@ impl FrozenJob {
             let _ = ckpt_sys::task::kill(p.host, libc::SIGKILL);
         }
         let _ = ckpt_sys::task::kill(Pid::from_raw(self.job.info.init), libc::SIGKILL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::process::Keep;
+    use std::collections::HashMap;
+    use std::process::{Command, Stdio};
+
+    fn observe(pid: i32) -> Process {
+        Process::observe(pid, &HashMap::new(), None, false, &mut Keep::none()).unwrap().unwrap()
+    }
+
+    /// `init`, this process with its main thread and `thread` only, as other tests have threads and children of their own, and `child`.
+    fn job(init: i32, thread: Pid, child: Option<Pid>) -> Job {
+        let mut job = Job::default();
+        job.info.init = init;
+        let mut me = observe(std::process::id() as i32);
+        me.threads.retain(|t| t.host == me.host || t.host == thread);
+        job.processes.push(me);
+        job.processes.extend(child.map(|c| observe(c.as_raw())));
+        job
+    }
+
+    #[test]
+    fn who_turns_up_after_the_first_list_is_in_the_second() {
+        let shell = |script: &str| {
+            Command::new("sh")
+                .args(["-c", script])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap()
+        };
+        let mut init = shell("read line");
+        let before = job(init.id() as i32, Pid::this(), None);
+        // A thread of a known process.
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            tell.send(ckpt_sys::task::this()).unwrap();
+            let _ = ended.recv();
+        });
+        let tid = told.recv().unwrap();
+        assert!(threads_without_newcomers(&before).unwrap().contains(&tid));
+        // An orphan of a known process, which adopts orphans.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        let mut parent = shell("sleep 100 >/dev/null 2>&1 & echo $!");
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(parent.stdout.take().unwrap()), &mut line)
+            .unwrap();
+        parent.wait().unwrap();
+        let orphan = Pid::from_raw(line.trim().parse().unwrap());
+        assert!(threads_without_newcomers(&before).is_none());
+        // And one of init's.
+        let mut init_of_another = job(std::process::id() as i32, Pid::this(), None);
+        init_of_another.processes.clear();
+        assert!(threads_without_newcomers(&init_of_another).is_none());
+        nix::sys::prctl::set_child_subreaper(false).unwrap();
+        ckpt_sys::task::kill(orphan, libc::SIGKILL).unwrap();
+        ptrace::reap(orphan).unwrap();
+        drop(end);
+        thread.join().unwrap();
+        // Another child of a thread that has one.
+        let (ask, asked) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let mut made = Vec::new();
+            while asked.recv().is_ok() {
+                made.push(shell("read line"));
+                tell.send((ckpt_sys::task::this(), Pid::from_raw(made[made.len() - 1].id() as i32))).unwrap();
+            }
+            made.iter_mut().for_each(|child| {
+                drop(child.stdin.take());
+                child.wait().unwrap();
+            });
+        });
+        let next = || {
+            ask.send(()).unwrap();
+            told.recv().unwrap()
+        };
+        let (maker, first) = next();
+        let before = job(init.id() as i32, maker, Some(first));
+        assert!(threads_without_newcomers(&before).is_some());
+        next();
+        assert!(threads_without_newcomers(&before).is_none());
+        drop(ask);
+        thread.join().unwrap();
+        drop(init.stdin.take());
+        init.wait().unwrap();
     }
 }

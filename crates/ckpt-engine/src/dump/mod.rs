@@ -160,6 +160,11 @@ pub fn dump(request: DumpRequest<'_>) -> Result<DumpReport, DumpError> {
     let taken = loop {
         barrier.wait()?;
         phases.end("barrier");
+        // The last thing before the freeze, which finds in it what was written since, and after the barrier, as it stops the job, too.
+        if let Some(tracker) = tracker.as_mut().filter(|_| assume) {
+            tracker.copy_early(&found.job)?;
+            phases.end("precopy");
+        }
         let prepared = match engine_now.take() {
             Some(prepared) => prepared,
             None => engine.prepare(&found.job, stop)?,

@@ -11,14 +11,14 @@ use ckpt_sys::inject::Padding;
 use ckpt_sys::memory::{self, Forced};
 use ckpt_sys::{Pid, libc, ptrace};
 
-/// Lets a stopped task write the rest of a write that the stop cut short. Where that can't be done (no place is left)
-/// the application sees a short count, which write(2) allows.
-pub fn continue_write(tid: Pid, r: &Registers) -> std::io::Result<()> {
-    let Some(short) = arch::short_write(r) else { return Ok(()) };
+/// Lets a stopped task write the rest of a write that the stop cut short; the registers that it has then, if they are others.
+/// Where that can't be done (no place is left) the application sees a short count, which write(2) allows.
+pub fn continue_write(tid: Pid, r: &Registers) -> std::io::Result<Option<Registers>> {
+    let Some(short) = arch::short_write(r) else { return Ok(None) };
     if !blocks(tid, arch::first_argument(r)) || ptrace::dispatches_calls(tid)? {
-        return Ok(());
+        return Ok(None);
     }
-    let Some(padding) = padding_of(tid) else { return Ok(()) };
+    let Some(padding) = padding_of(tid) else { return Ok(None) };
     let places = places(&padding);
     let read = |at: u64| {
         let mut block = [0; WRITE_BLOCK_BYTES];
@@ -37,11 +37,12 @@ pub fn continue_write(tid: Pid, r: &Registers) -> std::io::Result<()> {
     for at in places {
         if read(at)? == [0; WRITE_BLOCK_BYTES] {
             Forced::open(tid)?.write(at, &arch::write_block(&whole))?;
-            ptrace::set_registers(tid, &arch::write_rest(r, at, short.done))?;
-            return Ok(());
+            let rest = arch::write_rest(r, at, short.done);
+            ptrace::set_registers(tid, &rest)?;
+            return Ok(Some(rest));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// What stands in the places of a process, if anything does: address and bytes.

@@ -2,6 +2,7 @@
 //! The job as ckpt sees it: processes, mappings, open file descriptions, and which of them are one object.
 
 pub mod build_id;
+pub mod continued;
 pub mod file;
 pub mod memory;
 pub mod process;
@@ -10,7 +11,7 @@ pub mod watched;
 use crate::error::{DumpError, Refusals};
 use ckpt_sys::Pid;
 use file::{Descriptor, FileStat, LastOwner, OpenFile};
-use process::Process;
+use process::{Keep, Process};
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -80,6 +81,8 @@ pub struct Job {
     pub info: JobInfo,
     /// Its processes, parents before children where possible.
     pub processes: Vec<Process>,
+    /// A task had ended when it was to be read.
+    pub vanished: bool,
     /// Its open file descriptions by id.
     pub files: BTreeMap<u64, OpenFile>,
     /// Unix sockets of the network namespace, if the job has sockets at all.
@@ -90,6 +93,8 @@ pub struct Job {
     pub build_ids: build_id::BuildIds,
     /// Files that are mapped, by path: [`Job::file_at`].
     mapped: Mutex<HashMap<String, FileStat>>,
+    /// The calls in which its threads were seen, of the job as *discover* saw it.
+    pub calls: continued::Calls,
     /// Paths of watched files, found once.
     pub watched: watched::Watched,
     /// Order of descriptors (process as ckpt sees it, number) among those of one inode, as kcmp(2) has it.
@@ -147,14 +152,18 @@ impl Job {
         let order = before.map_or_else(HashMap::new, |b| b.order.clone());
         let watched = before.map_or_else(Default::default, |b| b.watched.clone());
         let mut job = Job { info: info.clone(), order, watched, ..Job::default() };
+        // The next look at it is in the freeze.
+        let mut keep = if before.is_none() { Keep::some() } else { Keep::none() };
         let mut inner = HashMap::from([(info.init, 1)]);
         let mut pending = process::children(info.init);
         while let Some(host) = pending.pop() {
             let Some(p) =
-                Process::observe(host, &inner, before.and_then(|b| b.seen(host)).filter(|_| assume))?
+                Process::observe(host, &inner, before.and_then(|b| b.seen(host)), assume, &mut keep)?
             else {
+                job.vanished = true;
                 continue;
             };
+            job.vanished |= p.vanished;
             inner.insert(host, p.pid);
             job.groups.insert(p.host_pgid, p.pgid);
             pending.extend(p.children.iter().copied());
@@ -253,7 +262,7 @@ impl Job {
                 // Without a right to compare them, or if one is gone: not the same.
                 Ok(kcmp(a.host, b.host, what).unwrap_or(std::cmp::Ordering::Less))
             })?;
-            for mut class in classes {
+            for mut class in classes.into_iter().filter(|c| c.len() > 1) {
                 // A vfork in progress, seen while the job runs: it is over when the parent can be stopped.
                 let lenders: Vec<i32> = class.iter().filter(|p| p.waits_in_kernel()).map(|p| p.pid).collect();
                 class.retain(|p| !lenders.contains(&p.ppid));

@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A process and its threads, read from /proc (proc_pid_stat(5), proc_pid_status(5)).
 
+use super::continued::Continued;
 use super::file::Descriptor;
 use super::memory::{self, Vma};
 use crate::error::DumpError;
 use ckpt_sys::Pid;
 use ckpt_sys::arch::Registers;
 use ckpt_sys::inject::Padding;
+use ckpt_sys::ptrace::RseqConfiguration;
 use procfs::FromRead;
 use procfs::process::{Stat, Status};
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 
 /// A process, told from another that has its pid later.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct ProcessId {
     /// Its pid, as the job sees it.
     pub pid: i32,
@@ -40,6 +43,55 @@ pub struct Task {
     pub status: Vec<u8>,
     /// Its state when frozen.
     pub frozen: Option<Frozen>,
+    /// It has children of its own.
+    pub is_parent: bool,
+    /// Its files, if they have been kept open.
+    files: Option<TaskFiles>,
+}
+
+/// Files of a thread that are read while the job runs and again when it stands still. To open them takes longer than to read them, which
+/// shows what is so at that time: so they are kept open. They are of the thread that they were opened for, not of another that has
+/// its id by then.
+#[derive(Debug)]
+struct TaskFiles {
+    status: File,
+    children: File,
+}
+
+impl TaskFiles {
+    fn open(host: i32, tid: i32) -> std::io::Result<TaskFiles> {
+        let open = |name: &str| File::open(format!("/proc/{host}/task/{tid}/{name}"));
+        Ok(TaskFiles { status: open("status")?, children: open("children")? })
+    }
+
+    /// The text of its status, and its children.
+    fn read(&self) -> std::io::Result<(Vec<u8>, Vec<i32>)> {
+        // The first one fails if it is gone, the other is empty then.
+        Ok((read_whole(&self.status)?, pids_in(&read_whole(&self.children)?)))
+    }
+}
+
+/// Of how many more threads the files are kept open.
+#[derive(Debug)]
+pub struct Keep(u64);
+
+impl Keep {
+    /// Of none.
+    pub fn none() -> Keep {
+        Keep(0)
+    }
+
+    /// Of so many that a quarter of the descriptors that ckpt may have are enough.
+    pub fn some() -> Keep {
+        let limit = ckpt_sys::task::limit(Pid::this(), ckpt_sys::libc::RLIMIT_NOFILE);
+        Keep(limit.map_or(0, |(soft, _)| soft / 8))
+    }
+
+    fn one_more(&mut self) -> bool {
+        let left = self.0.checked_sub(1);
+        self.0 = left.unwrap_or(0);
+        left.is_some()
+    }
 }
 
 /// What a stop found.
@@ -51,6 +103,12 @@ pub struct Frozen {
     pub mask: u64,
     /// No deliverable signal is pending.
     pub quiet: bool,
+    /// Its registered rseq area.
+    pub rseq: Option<RseqConfiguration>,
+    /// The CPU that is noted there: where it last was in user mode.
+    pub cpu: Option<usize>,
+    /// What it goes on with.
+    pub continued: Continued,
 }
 
 /// A process.
@@ -78,6 +136,8 @@ pub struct Process {
     pub status: Status,
     /// Its threads, the leader first.
     pub threads: Vec<Task>,
+    /// A thread of it had ended when it was to be read.
+    pub vanished: bool,
     /// Children of all its threads, as ckpt sees them.
     pub children: Vec<i32>,
     /// Its mappings, sorted.
@@ -101,12 +161,16 @@ pub struct Process {
 /// # Errors
 /// What reading gives.
 pub fn read_proc(path: impl AsRef<Path>) -> std::io::Result<Vec<u8>> {
-    use std::io::Read;
-    let mut file = std::fs::File::open(path)?;
+    read_whole(&File::open(path)?)
+}
+
+/// All bytes of a file of /proc, from its start.
+fn read_whole(file: &File) -> std::io::Result<Vec<u8>> {
+    use std::os::unix::fs::FileExt;
     let mut bytes = vec![0; 4096];
     let mut used = 0;
     loop {
-        match file.read(&mut bytes[used..])? {
+        match file.read_at(&mut bytes[used..], used as u64)? {
             0 => break,
             n => used += n,
         }
@@ -115,6 +179,8 @@ pub fn read_proc(path: impl AsRef<Path>) -> std::io::Result<Vec<u8>> {
         }
     }
     bytes.truncate(used);
+    // Fresh memory takes longer than a copy within it, and of some files there are many.
+    bytes.shrink_to_fit();
     Ok(bytes)
 }
 
@@ -126,6 +192,16 @@ pub fn read_proc_text(path: impl AsRef<Path>) -> std::io::Result<String> {
     String::from_utf8(read_proc(path)?).map_err(|e| std::io::Error::new(ErrorKind::InvalidData, e))
 }
 
+/// A value in the text of a status file (proc_pid_status(5)), all of which but the first line, the name, is ASCII.
+pub fn status_value<'a>(status: &'a [u8], key: &str) -> Option<&'a str> {
+    let name_ends = status.iter().position(|b| *b == b'\n')?;
+    let text = std::str::from_utf8(&status[name_ends..]).ok()?;
+    text.match_indices(key).find_map(|(at, _)| {
+        let value = text[at + key.len()..].strip_prefix(':')?;
+        text[..at].ends_with('\n').then(|| value.split_once('\n').map_or(value, |(line, _)| line).trim())
+    })
+}
+
 /// Children of all threads of a process, as ckpt sees them; none if it is gone.
 pub fn children(host: i32) -> Vec<i32> {
     threads_and_children(host).1
@@ -133,15 +209,27 @@ pub fn children(host: i32) -> Vec<i32> {
 
 /// Threads of a process, and the children of all of them, as ckpt sees them; none if it is gone.
 pub fn threads_and_children(host: i32) -> (Vec<i32>, Vec<i32>) {
-    let (mut threads, mut all) = (Vec::new(), Vec::new());
-    let Ok(dir) = std::fs::read_dir(format!("/proc/{host}/task")) else { return (threads, all) };
-    for t in dir.flatten() {
-        threads.extend(t.file_name().to_str().and_then(|t| t.parse::<i32>().ok()));
-        let text = read_proc(t.path().join("children")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        all.extend(text.split_whitespace().filter_map(|n| n.parse::<i32>().ok()));
-    }
-    (threads, all)
+    let threads = threads(host).unwrap_or_default();
+    let children = threads.iter().flat_map(|tid| children_of_thread(host, *tid)).collect();
+    (threads, children)
+}
+
+/// Threads of a process, as ckpt sees them.
+///
+/// # Errors
+/// If it is gone.
+pub fn threads(host: i32) -> std::io::Result<Vec<i32>> {
+    let dir = std::fs::read_dir(format!("/proc/{host}/task"))?;
+    Ok(dir.flatten().filter_map(|t| t.file_name().to_str()?.parse().ok()).collect())
+}
+
+/// Children of one thread of a process, as ckpt sees them; none if it is gone.
+pub fn children_of_thread(host: i32, tid: i32) -> Vec<i32> {
+    pids_in(&read_proc(format!("/proc/{host}/task/{tid}/children")).unwrap_or_default())
+}
+
+fn pids_in(list: &[u8]) -> Vec<i32> {
+    std::str::from_utf8(list).unwrap_or_default().split_whitespace().filter_map(|n| n.parse().ok()).collect()
 }
 
 fn last(v: Option<&Vec<i32>>) -> i32 {
@@ -150,7 +238,7 @@ fn last(v: Option<&Vec<i32>>) -> i32 {
 
 impl Process {
     /// Reads one process; `None` if it is gone. `inner` maps pids as ckpt sees them to those inside. If it was seen `before`
-    /// the flags of its mappings may be assumed, see [`Process::assumed_flags`].
+    /// the files of its threads may be open, and with `assume` the flags of its mappings are, see [`Process::assumed_flags`].
     ///
     /// # Errors
     /// What reading /proc gives.
@@ -158,8 +246,26 @@ impl Process {
         host: i32,
         inner: &HashMap<i32, i32>,
         before: Option<&Process>,
+        assume: bool,
+        keep: &mut Keep,
     ) -> Result<Option<Process>, DumpError> {
-        match Self::read(host, inner, before) {
+        // While one of its other threads executes a program, the list of its threads may begin with no or another thread.
+        const TRIES: usize = 100;
+        let mut tries = 0;
+        let found = loop {
+            match Self::read(host, inner, before, assume, keep) {
+                Ok(p) if p.threads.first().is_none_or(|t| t.host != p.host) && tries < TRIES => {
+                    tries += 1;
+                    std::thread::yield_now();
+                }
+                found => break found,
+            }
+        };
+        let executes = || std::io::Error::new(ErrorKind::WouldBlock, "one of its threads executes a program");
+        match found {
+            Ok(p) if p.threads.first().is_none_or(|t| t.host != p.host) => {
+                Err(DumpError::process(host, "reading its threads")(executes()))
+            }
             Ok(p) => Ok(Some(p)),
             Err(_) if !std::path::Path::new(&format!("/proc/{host}")).exists() => Ok(None),
             Err(e) if matches!(e.kind(), ErrorKind::NotFound) => Ok(None),
@@ -167,31 +273,58 @@ impl Process {
         }
     }
 
-    fn read(host: i32, inner: &HashMap<i32, i32>, before: Option<&Process>) -> std::io::Result<Process> {
+    fn read(
+        host: i32,
+        inner: &HashMap<i32, i32>,
+        before: Option<&Process>,
+        assume: bool,
+        keep: &mut Keep,
+    ) -> std::io::Result<Process> {
         let stat = Stat::from_read(read_proc(format!("/proc/{host}/stat"))?.as_slice()).map_err(io)?;
         let status_text = read_proc(format!("/proc/{host}/status"))?;
         let status = Status::from_read(status_text.as_slice()).map_err(io)?;
         let pid = last(status.nspid.as_ref());
         let zombie = matches!(stat.state, 'Z' | 'X').then(|| stat.exit_code.unwrap_or(0));
-        let (mut threads, mut children) = (Vec::new(), Vec::new());
-        for t in std::fs::read_dir(format!("/proc/{host}/task"))?.flatten() {
-            let Some(tid) = t.file_name().to_str().and_then(|s| s.parse::<i32>().ok()) else { continue };
-            // That of the leader is that of the process.
-            let status =
-                if tid == host { Ok(status_text.clone()) } else { read_proc(t.path().join("status")) };
-            let Ok(status) = status else { continue };
-            let text = String::from_utf8_lossy(&status);
-            let ns = text.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap_or_default();
-            let Some(inside) = ns.split_whitespace().last().and_then(|s| s.parse().ok()) else { continue };
-            let list = read_proc(t.path().join("children")).unwrap_or_default();
-            let list = String::from_utf8_lossy(&list).into_owned();
-            children.extend(list.split_whitespace().filter_map(|n| n.parse::<i32>().ok()));
-            threads.push(Task { tid: inside, host: Pid::from_raw(tid), status, frozen: None });
+        let kept = before.into_iter().flat_map(|b| &b.threads);
+        let kept: HashMap<Pid, &TaskFiles> = kept.filter_map(|t| Some((t.host, t.files.as_ref()?))).collect();
+        let (mut tasks, mut children, mut vanished) = (Vec::new(), Vec::new(), false);
+        for tid in threads(host)? {
+            let mut files = None;
+            let texts = match kept.get(&Pid::from_raw(tid)).and_then(|f| f.read().ok()) {
+                Some(texts) => Ok(texts),
+                // That of the leader is that of the process.
+                None if tid == host => Ok((status_text.clone(), children_of_thread(host, tid))),
+                None => TaskFiles::open(host, tid).and_then(|f| files.insert(f).read()),
+            };
+            let (status, children_now) = match texts {
+                Ok(texts) => texts,
+                Err(e)
+                    if e.kind() == ErrorKind::NotFound || e.raw_os_error() == Some(ckpt_sys::libc::ESRCH) =>
+                {
+                    vanished = true;
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            let files = files.filter(|_| keep.one_more());
+            let ids = status_value(&status, "NSpid").unwrap_or_default();
+            let Some(inside) = ids.split_whitespace().last().and_then(|s| s.parse().ok()) else { continue };
+            let is_parent = !children_now.is_empty();
+            children.extend(children_now);
+            tasks.push(Task {
+                tid: inside,
+                host: Pid::from_raw(tid),
+                status,
+                frozen: None,
+                is_parent,
+                files,
+            });
         }
-        threads.sort_by_key(|t| (t.host.as_raw() != host, t.tid));
+        tasks.sort_by_key(|t| (t.host.as_raw() != host, t.tid));
         // What is locked in memory, or absent from a fork, only the process itself shows.
         let before = before.filter(|b| {
-            b.stat.starttime == stat.starttime
+            assume
+                && b.stat.starttime == stat.starttime
                 && status.vmlck == Some(0)
                 && !b.vmas.iter().any(|v| v.has("dc"))
         });
@@ -217,7 +350,8 @@ impl Process {
             stopped: false,
             stat,
             status,
-            threads,
+            threads: tasks,
+            vanished,
             children,
             vmas,
             assumed_flags: before.is_some() && zombie.is_none(),
@@ -258,8 +392,8 @@ impl Process {
 
     /// Whether one of its threads sleeps uninterruptibly, as the parent of a vfork does.
     pub fn waits_in_kernel(&self) -> bool {
-        const STATE: &[u8] = b"\nState:\tD";
-        self.threads.iter().any(|t| t.status.windows(STATE.len()).any(|w| w == STATE))
+        let state = |t: &Task| status_value(&t.status, "State").is_some_and(|s| s.starts_with('D'));
+        self.threads.iter().any(state)
     }
 
     /// The vDSO's mapping.
@@ -310,5 +444,61 @@ fn io(e: procfs::ProcError) -> std::io::Error {
         procfs::ProcError::PermissionDenied(_) => std::io::Error::from(ErrorKind::PermissionDenied),
         procfs::ProcError::Io(e, _) => e,
         e => std::io::Error::other(e.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn values_are_those_of_lines_whatever_the_name() {
+        let status =
+            b"Name:\tUid:\\nUid:\xe4\nTgid:\t7\nNStgid:\t7\t1\nGroups:\t \nSigPnd:\t00000000000000ff\n";
+        assert_eq!(status_value(status, "Tgid"), Some("7"));
+        assert_eq!(status_value(status, "NStgid"), Some("7\t1"));
+        assert_eq!(status_value(status, "gid"), None);
+        assert_eq!(status_value(status, "Uid"), None);
+        assert_eq!(status_value(status, "Groups"), Some(""));
+        assert_eq!(status_value(status, "SigPnd"), Some("00000000000000ff"));
+    }
+
+    #[test]
+    fn kept_files_tell_what_is_so_now_and_of_their_own_thread() {
+        let (rename, renamed) = (channel::<()>(), channel());
+        let thread = std::thread::spawn(move || {
+            let name = |name: &str| std::fs::write("/proc/thread-self/comm", name).unwrap();
+            name("first");
+            renamed.0.send(ckpt_sys::task::this()).unwrap();
+            rename.1.recv().unwrap();
+            name("second");
+            renamed.0.send(ckpt_sys::task::this()).unwrap();
+            rename.1.recv().unwrap();
+        });
+        let tid = renamed.1.recv().unwrap();
+        let me = std::process::id() as i32;
+        let look = |before: Option<&Process>, mut keep: Keep| {
+            Process::observe(me, &HashMap::new(), before, false, &mut keep).unwrap().unwrap()
+        };
+        fn of(p: &Process, tid: Pid) -> Option<&Task> {
+            p.threads.iter().find(|t| t.host == tid)
+        }
+        let before = look(None, Keep::some());
+        let first = of(&before, tid).unwrap();
+        assert_eq!(status_value(&first.status, "Pid"), Some(tid.to_string().as_str()));
+        assert!(first.status.starts_with(b"Name:\tfirst\n") && first.files.is_some());
+        assert!(of(&look(None, Keep::none()), tid).unwrap().files.is_none());
+        rename.0.send(()).unwrap();
+        renamed.1.recv().unwrap();
+        assert!(of(&look(Some(&before), Keep::none()), tid).unwrap().status.starts_with(b"Name:\tsecond\n"));
+        rename.0.send(()).unwrap();
+        thread.join().unwrap();
+        // It may be seen for a moment after the join.
+        while Path::new(&format!("/proc/{me}/task/{tid}")).exists() {
+            std::thread::yield_now();
+        }
+        assert!(first.files.as_ref().unwrap().read().is_err());
+        assert!(of(&look(Some(&before), Keep::none()), tid).is_none());
     }
 }

@@ -8,6 +8,7 @@ use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
+use crate::model::process::status_value;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -38,18 +39,17 @@ pub struct CredentialRecord {
 
 /// The credentials in a status file (proc_pid_status(5)).
 fn parse(status: &[u8], securebits: u32, parent_death_signal: i32) -> Option<CredentialRecord> {
-    let text = String::from_utf8_lossy(status);
-    let value = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'));
+    let value = |key: &str| status_value(status, key);
     let ids =
         |key: &str| -> Option<Vec<u32>> { value(key)?.split_whitespace().map(|n| n.parse().ok()).collect() };
-    let set = |key: &str| u64::from_str_radix(value(key)?.trim(), 16).ok();
+    let set = |key: &str| u64::from_str_radix(value(key)?, 16).ok();
     Some(CredentialRecord {
         uid: ids("Uid")?.try_into().ok()?,
         gid: ids("Gid")?.try_into().ok()?,
         groups: ids("Groups")?.into_iter().map(|g| g as _).collect(),
         capabilities: [set("CapInh")?, set("CapPrm")?, set("CapEff")?, set("CapBnd")?, set("CapAmb")?],
         securebits,
-        no_new_privs: value("NoNewPrivs")?.trim() != "0",
+        no_new_privs: value("NoNewPrivs")? != "0",
         parent_death_signal,
     })
 }

@@ -21,6 +21,7 @@ use ckpt_image::{Record, ZeroPages};
 use ckpt_sys::area::AREA_BYTES;
 use ckpt_sys::inject::Query;
 use ckpt_sys::memory::PAGE;
+use ckpt_sys::task::{Shared, kcmp};
 use ckpt_sys::{Errno, Pid, libc};
 use std::sync::OnceLock;
 
@@ -229,6 +230,16 @@ fn refuse_flags(pid: i32, v: &Vma, named: &str, tracked: bool, refusals: &mut Re
     }
 }
 
+/// Whether ckpt watches its memory, or that which it has borrowed from its parent (vfork(2)): the barrier waits for that to end.
+fn is_tracked(job: &Job, p: &Process) -> bool {
+    let tracked = |p: &Process| job.info.tracked.contains(&ProcessId::of(p));
+    let lends = |parent: &Process| {
+        let same = kcmp(parent.host, p.host, Shared::Memory);
+        tracked(parent) && parent.waits_in_kernel() && same == Ok(std::cmp::Ordering::Equal)
+    };
+    tracked(p) || job.live().any(|parent| parent.pid == p.ppid && lends(parent))
+}
+
 fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     if v.is_vdso_part() || super::aio::is_ring(v) {
         return;
@@ -254,7 +265,7 @@ fn refuse_vma(job: &Job, p: &Process, v: &Vma, refusals: &mut Refusals) {
     } else if v.name.starts_with("/SYSV") {
         refusals.process(p.pid, format!("{named} is System V shared memory"), "not supported");
     } else {
-        refuse_flags(p.pid, v, &named, job.info.tracked.contains(&ProcessId::of(p)), refusals);
+        refuse_flags(p.pid, v, &named, is_tracked(job, p), refusals);
     }
     let has_path = v.is_file() && !v.deleted && !v.name.contains("[io_uring]");
     if has_path

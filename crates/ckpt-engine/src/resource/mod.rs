@@ -90,6 +90,8 @@ pub struct Collected {
     pub precopied: Precopied,
     /// Pids of processes that adopt orphans (PR_SET_CHILD_SUBREAPER).
     pub subreapers: std::collections::BTreeSet<i32>,
+    /// The CPUs that the job's init may use, once somebody has asked.
+    init_affinity: Vec<u8>,
     next_object: u64,
 }
 

@@ -7,7 +7,7 @@ use crate::kind::Kind;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
-use ckpt_sys::{libc, ptrace};
+use ckpt_sys::libc;
 
 /// Version of [`RseqRecord`].
 pub const VERSION: u16 = 1;
@@ -40,10 +40,7 @@ impl Resource for RseqResource {
 
     fn collect(&self, cx: &mut Collect<'_>, at: At<'_>) -> Result<(), DumpError> {
         let At::Thread(p, t) = at else { return Ok(()) };
-        let c = ptrace::rseq(t.host).map_err(DumpError::errno(p.pid, "PTRACE_GET_RSEQ_CONFIGURATION"))?;
-        if c.pointer == 0 {
-            return Ok(());
-        }
+        let Some(c) = t.frozen.as_ref().and_then(|f| f.rseq) else { return Ok(()) };
         let record = RseqRecord { pointer: c.pointer, size: c.size, signature: c.signature };
         cx.put(Kind::Rseq, VERSION, t.tid as u64, p.pid as u64, &record)
     }

@@ -65,16 +65,24 @@ impl Resource for SchedulerResource {
         let a = ckpt_sys::task::sched_attr(t.host).map_err(err("sched_getattr"))?;
         let mask = ckpt_sys::task::affinity(t.host).map_err(err("sched_getaffinity"))?;
         // What init may use is what nobody in the job has restricted: on another host that may be other CPUs.
-        let init = Pid::from_raw(cx.job.info.init);
-        let whole = ckpt_sys::task::affinity(init).map_err(err("sched_getaffinity of init"))?;
+        if cx.out.init_affinity.is_empty() {
+            let init = Pid::from_raw(cx.job.info.init);
+            cx.out.init_affinity =
+                ckpt_sys::task::affinity(init).map_err(err("sched_getaffinity of init"))?;
+        }
+        let nice = match a.policy as i32 {
+            libc::SCHED_OTHER | libc::SCHED_BATCH => a.nice,
+            // The others' it does not tell.
+            _ => ckpt_sys::task::nice(t.host).map_err(err("getpriority"))?,
+        };
         let slack = cx.live().number("prctl", &ask_timer_slack())?;
         let record = SchedulerRecord {
             policy: a.policy,
             flags: a.flags,
-            nice: ckpt_sys::task::nice(t.host).map_err(err("getpriority"))?,
+            nice,
             priority: a.priority,
             deadline: [a.runtime, a.deadline, a.period],
-            affinity: if mask == whole { Vec::new() } else { mask },
+            affinity: if mask == cx.out.init_affinity { Vec::new() } else { mask },
             io_priority: ckpt_sys::task::io_priority(t.host).map_err(err("ioprio_get"))?,
             timer_slack_ns: slack,
         };

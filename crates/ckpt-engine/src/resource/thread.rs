@@ -5,6 +5,7 @@ use super::{At, Collect, Resource, decode, nothing_to_do};
 use crate::error::{DumpError, Refusals, RestoreError};
 use crate::kind::Kind;
 use crate::model::Job;
+use crate::model::continued::Continued;
 use crate::restore::build_tree::Build;
 use ckpt_image::Record;
 use ckpt_image::codec::{Decode, Encode};
@@ -94,8 +95,20 @@ impl Resource for ThreadResource {
         let (_, tid) = live.query::<8>(&ask_tid_address())?;
         let (_, name) = live.query::<16>(&ask_name())?;
         let name = name.split(|b| *b == 0).next().unwrap_or_default().to_vec();
+        let registers = match frozen.continued {
+            Continued::Call(number) => arch::begun_anew(&frozen.registers, number),
+            Continued::No => frozen.registers,
+            Continued::Unknown => {
+                cx.warnings.push(format!(
+                    "pid {}, thread {}: it sleeps in a call that was interrupted before, and nothing tells which; in a restored job it \
+                     returns EINTR",
+                    p.pid, t.tid
+                ));
+                frozen.registers
+            }
+        };
         let record = ThreadRecord {
-            registers: arch::registers_to_words(&frozen.registers),
+            registers: arch::registers_to_words(&registers),
             xstate,
             mask: frozen.mask,
             quiet: frozen.quiet,

@@ -334,7 +334,7 @@ impl Ready {
             (true, false) => NAME,
             (true, true) => super::copy::NAME,
         };
-        let account = Account { engine, reasons: reasons.into_texts(), held_bytes, duplicated_bytes: None };
+        let account = Account { engine, reasons: reasons.into_texts(), held_bytes, ..Account::default() };
         let still = self.still.then(|| Still::of(frozen));
         Ok(Box::new(Copies { parts, account, guard, copies, kept, still, reader: None, settled: false }))
     }

@@ -269,6 +269,8 @@ pub struct Account {
     pub reasons: Vec<String>,
     /// Bytes that were copied while the job was frozen.
     pub held_bytes: u64,
+    /// Bytes that were copied shortly before that, and not written to since.
+    pub early_bytes: u64,
     /// Bytes of memory that the job and the frozen copy held twice or the copy alone at the end, because the job wrote to
     /// or freed them in the meantime.
     /// None: part of it is kept by the kernel module, which doesn't tell.

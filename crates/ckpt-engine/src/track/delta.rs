@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What changed: found by one scan in the freeze. Few pages are copied there and then, which takes less time than a fork of
-//! everything; of many the engine takes a snapshot.
+//! What changed: found by one scan in the freeze. Few pages are copied there and then if they have not been before ([`super::early`]), which
+//! takes less time than a fork of everything; of many the engine takes a snapshot.
 
+use super::early::{self, Known};
+use super::held::{LIMIT_BYTES, Place, Room};
 use super::second::Second;
 use super::watch::{Look, Stretch, push};
-use super::{ProcessId, Tracker, Tracking};
+use super::{ProcessId, Tracker};
 use crate::dump::freeze::FrozenJob;
 use crate::error::DumpError;
 use crate::kind::Kind;
-use crate::model::Job;
 use crate::resource::Collected;
 use crate::snapshot::copy::Copy;
 use crate::snapshot::{
@@ -18,9 +19,6 @@ use ckpt_sys::memory::{Forced, PAGE};
 use ckpt_sys::{Errno, Pid, pagemap};
 use std::fs::File;
 use std::sync::Arc;
-
-/// Bytes of changed pages that are copied while the job is frozen. More than this is left to the snapshot engine.
-const HELD_LIMIT_BYTES: u64 = 32 << 20;
 
 /// Counts.
 #[derive(Debug, Clone, Copy, Default)]
@@ -40,23 +38,6 @@ pub struct Same {
     pub bytes: u64,
     /// The object in the parent.
     pub parent_object: u64,
-}
-
-/// Memory for the changed pages, touched before the job is stopped. How many there are is estimated by a scan that changes nothing.
-pub(super) fn room(tracking: &Tracking, job: &Job) -> Room {
-    let mut bytes = 0;
-    for w in &tracking.processes {
-        let Some(p) = job.live().find(|p| ProcessId::of(p) == w.id) else { continue };
-        let Ok(pagemap) = File::open(format!("/proc/{}/pagemap", p.host)) else { continue };
-        for v in p.vmas.iter().filter(|v| v.has("uw")) {
-            if let Ok(Some(stretches)) = w.watch.look().scan(&pagemap, v.start, v.end, v.is_file(), false) {
-                bytes += stretches.iter().filter(|s| !s.unwritten).map(|s| s.bytes).sum::<u64>();
-            }
-        }
-    }
-    // Some more are written until the job stands still.
-    let bytes = (2 * bytes + (1 << 20)).min(HELD_LIMIT_BYTES) as usize;
-    Room { blocks: (0..bytes.div_ceil(BLOCK_BYTES)).map(|_| Block::touched()).collect(), filling: 0 }
 }
 
 /// Address space that is scanned at a time. A multiple of the size of huge pages, so that none is divided.
@@ -146,6 +127,15 @@ struct Plan {
     /// Exactly these are to be saved; `None`: the engine has to look.
     dirty: Option<Vec<Range>>,
     same: Vec<Same>,
+    /// These have been copied before.
+    copied: Vec<Held>,
+}
+
+/// Where a part of an object is held.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    offset: u64,
+    place: Place,
 }
 
 fn plan(t: &Tracker, frozen: &FrozenJob, source: &Source) -> Result<Option<Plan>, DumpError> {
@@ -170,7 +160,7 @@ fn plan(t: &Tracker, frozen: &FrozenJob, source: &Source) -> Result<Option<Plan>
         None => Vec::new(),
     }
     .into_iter();
-    let (mut dirty, mut same, mut looked) = (Vec::new(), Vec::new(), true);
+    let (mut dirty, mut same, mut copied, mut looked) = (Vec::new(), Vec::new(), Vec::new(), true);
     for r in ranges {
         ckpt_sys::hook::point();
         let stretches = if r.pages == Which::Private { scanned.next().flatten() } else { None };
@@ -188,8 +178,15 @@ fn plan(t: &Tracker, frozen: &FrozenJob, source: &Source) -> Result<Option<Plan>
             let parent_object = watched.and_then(|w| w.object).filter(|_| claims_same(s));
             match parent_object {
                 Some(parent_object) => {
-                    let offset = r.offset + (s.addr - r.addr);
-                    same.push(Same { offset, bytes: s.bytes, parent_object });
+                    for (addr, bytes, known) in early::parts(t.early.as_ref(), id, s) {
+                        let offset = r.offset + (addr - r.addr);
+                        match known {
+                            Known::Same => same.push(Same { offset, bytes, parent_object }),
+                            Known::Copied(place) => copied.push(Held { offset, place }),
+                            Known::Zero => {}
+                            Known::Written => dirty.push(part(r, &Stretch { addr, bytes, ..*s })),
+                        }
+                    }
                 }
                 None if s.doubtful => {
                     let pages = (s.addr..s.addr + s.bytes).step_by(PAGE as usize);
@@ -204,7 +201,7 @@ fn plan(t: &Tracker, frozen: &FrozenJob, source: &Source) -> Result<Option<Plan>
             }
         }
     }
-    Ok(Some(Plan { dirty: looked.then_some(dirty), same }))
+    Ok(Some(Plan { dirty: looked.then_some(dirty), same, copied }))
 }
 
 /// Whether pages are those of the parent.
@@ -233,154 +230,60 @@ pub(super) fn snapshot(
         Some(p) => w.watch.start_over(p).map_err(DumpError::process(w.id.pid, "clearing soft-dirty bits")),
         None => Ok(()),
     })?;
+    // What the scan has found unwritten from now on need not be what was known before it.
+    t.begin_again();
     let dirty = |p: &Plan| p.dirty.as_ref().map(|d| d.iter().map(|r| r.bytes).sum::<u64>());
     let known: Option<u64> = plans.iter().flatten().map(dirty).sum();
     t.pages.same_bytes = plans.iter().flatten().flat_map(|p| &p.same).map(|s| s.bytes).sum();
-    t.pages.dirty_bytes = known.unwrap_or(0);
-    let few = known.is_some_and(|bytes| bytes <= HELD_LIMIT_BYTES);
+    let copied: u64 = plans.iter().flatten().flat_map(|p| &p.copied).map(|h| h.place.bytes as u64).sum();
+    t.pages.dirty_bytes = known.unwrap_or(0) + copied;
+    let mut room = std::mem::take(&mut t.room);
+    let before = room.used_bytes();
+    let few = known.is_some_and(|bytes| bytes + before <= LIMIT_BYTES);
+    if !few {
+        // The engine may need as much.
+        room.shrink();
+    }
     // The engine is given what is left to it.
     let (mut left, mut held) = (Vec::new(), Vec::new());
-    let mut room = std::mem::take(&mut t.room);
     for (source, plan) in collected.sources.iter().zip(&plans) {
+        let mut here = plan.as_ref().map_or_else(Vec::new, |p| p.copied.clone());
         let from = match (&source.from, plan.as_ref().map(|p| &p.dirty)) {
             (From::File { fd, bytes }, _) => {
                 let fd = fd.try_clone().map_err(DumpError::process(0, "duplicating a descriptor"))?;
                 From::File { fd, bytes: *bytes }
             }
             (From::Process { host, pid, .. }, Some(Some(dirty))) => {
+                for r in dirty.iter().filter(|_| few) {
+                    room.place(*host, *pid, r.addr, r.bytes, |addr, place| {
+                        here.push(Held { offset: r.offset + (addr - r.addr), place });
+                    });
+                }
                 let ranges = if few { Vec::new() } else { dirty.clone() };
-                held.push(if few { room.place(*host, *pid, dirty) } else { Vec::new() });
-                left.push(Source {
-                    kind: source.kind,
-                    object: source.object,
-                    zeros: source.zeros,
-                    from: From::Process { host: *host, pid: *pid, ranges },
-                });
-                continue;
+                From::Process { host: *host, pid: *pid, ranges }
             }
             (From::Process { host, pid, ranges }, _) => {
                 From::Process { host: *host, pid: *pid, ranges: ranges.clone() }
             }
         };
-        held.push(Vec::new());
+        held.push(here);
         left.push(Source { kind: source.kind, object: source.object, zeros: source.zeros, from });
     }
-    let blocks = room.fill(&t.second)?;
+    ckpt_sys::hook::point();
+    room.fill(&t.second).all()?;
     t.same = plans.into_iter().map(|p| p.map_or_else(Vec::new, |p| p.same)).collect();
     let engine = if few { Copy.prepare(&frozen.job, true)? } else { engine };
     let all = std::mem::replace(&mut collected.sources, left);
     let inner = engine.snapshot(frozen, collected);
     let left = std::mem::replace(&mut collected.sources, all);
-    Ok(Box::new(Delta { inner: inner?, left, held, blocks }))
-}
-
-/// Bytes that are copied at a time.
-const BLOCK_BYTES: usize = 512 << 10;
-
-/// Memory for copies.
-#[derive(Debug, Default)]
-pub(super) struct Room {
-    blocks: Vec<Block>,
-    /// The one that is being filled; all before it are full.
-    filling: usize,
-}
-
-/// A part of it, and what is to be copied there.
-#[derive(Debug)]
-struct Block {
-    bytes: Vec<u8>,
-    used: usize,
-    /// One after the other.
-    from: Vec<Copying>,
-}
-
-/// Memory of one process that is to be copied.
-#[derive(Debug)]
-struct Copying {
-    host: Pid,
-    pid: i32,
-    /// As (address, bytes).
-    stretches: Vec<(u64, u64)>,
-}
-
-/// Where a stretch is held.
-#[derive(Debug, Clone, Copy)]
-struct Held {
-    /// In the object.
-    offset: u64,
-    block: usize,
-    at: usize,
-    bytes: usize,
-}
-
-impl Block {
-    fn touched() -> Block {
-        Block { bytes: vec![1; BLOCK_BYTES], used: 0, from: Vec::new() }
-    }
-
-    /// Copies what is to be here.
-    fn fill(mut self) -> Result<Block, DumpError> {
-        let mut rest = &mut self.bytes[..];
-        for Copying { host, pid, stretches } in std::mem::take(&mut self.from) {
-            let (now, later) = rest.split_at_mut(stretches.iter().map(|(_, bytes)| *bytes as usize).sum());
-            copy(host, pid, &stretches, now)?;
-            rest = later;
-        }
-        Ok(self)
-    }
-}
-
-impl Room {
-    /// Finds places for pages of a process.
-    fn place(&mut self, host: Pid, pid: i32, ranges: &[Range]) -> Vec<Held> {
-        let mut out = Vec::with_capacity(ranges.len());
-        for r in ranges {
-            let mut done = 0;
-            while done < r.bytes {
-                if self.blocks.get(self.filling).is_some_and(|b| b.used == BLOCK_BYTES) {
-                    self.filling += 1;
-                }
-                if self.filling == self.blocks.len() {
-                    self.blocks.push(Block { bytes: vec![0; BLOCK_BYTES], used: 0, from: Vec::new() });
-                }
-                let block = &mut self.blocks[self.filling];
-                let bytes = (r.bytes - done).min((BLOCK_BYTES - block.used) as u64);
-                match block.from.last_mut() {
-                    Some(last) if last.host == host => last.stretches.push((r.addr + done, bytes)),
-                    _ => block.from.push(Copying { host, pid, stretches: vec![(r.addr + done, bytes)] }),
-                }
-                let (offset, at) = (r.offset + done, block.used);
-                out.push(Held { offset, block: self.filling, at, bytes: bytes as usize });
-                block.used += bytes as usize;
-                done += bytes;
-            }
-        }
-        out
-    }
-
-    /// Copies all that has a place.
-    fn fill(self, second: &Second) -> Result<Vec<Block>, DumpError> {
-        ckpt_sys::hook::point();
-        let used = self.blocks.into_iter().filter(|b| b.used > 0);
-        second.all(used.map(|block| move || block.fill())).into_iter().collect()
-    }
-}
-
-/// Copies stretches of a process's memory, one after the other.
-fn copy(host: Pid, pid: i32, list: &[(u64, u64)], target: &mut [u8]) -> Result<(), DumpError> {
-    if ckpt_sys::memory::read_list(host, list, target).is_ok() {
-        return Ok(());
-    }
-    // Pages the process itself may not read are reached through /proc/pid/mem.
-    let memory = Forced::open(host).map_err(DumpError::process(pid, "opening its memory"))?;
-    let mut rest = target;
-    for (addr, bytes) in list {
-        let (now, later) = rest.split_at_mut(*bytes as usize);
-        let what = format!("reading {bytes} bytes of memory at {addr:#x}");
-        memory.read(*addr, now).map_err(DumpError::process(pid, what))?;
-        rest = later;
-    }
-    Ok(())
+    Ok(Box::new(Delta {
+        inner: inner?,
+        left,
+        held,
+        held_bytes: room.used_bytes() - before,
+        early_bytes: copied,
+        room,
+    }))
 }
 
 /// The changed pages, and the snapshot of the rest.
@@ -388,27 +291,29 @@ struct Delta {
     inner: Box<dyn Snapshot>,
     left: Vec<Source>,
     held: Vec<Vec<Held>>,
-    blocks: Vec<Block>,
+    room: Room,
+    /// As in [`Account`].
+    held_bytes: u64,
+    early_bytes: u64,
 }
 
 impl Snapshot for Delta {
     fn stream(&mut self, index: usize, _: &Source, sink: &mut Sink<'_>) -> Result<(), DumpError> {
+        self.room.shrink();
         for h in &self.held[index] {
-            sink(Piece::Data(h.offset, &self.blocks[h.block].bytes[h.at..h.at + h.bytes]))?;
+            sink(Piece::Data(h.offset, self.room.get(h.place)))?;
         }
         self.inner.stream(index, &self.left[index], sink)
     }
 
     fn finish(&mut self) -> Result<Account, DumpError> {
-        let blocks = std::mem::take(&mut self.blocks);
+        self.room = Room::default();
         let mut account = self.inner.finish()?;
-        account.held_bytes += blocks.iter().map(|b| b.used as u64).sum::<u64>();
+        account.held_bytes += self.held_bytes;
+        account.early_bytes += self.early_bytes;
         Ok(account)
     }
 }
-
-// Offsets and lengths are those of pages throughout.
-const _: () = assert!(HELD_LIMIT_BYTES.is_multiple_of(PAGE));
 
 #[cfg(test)]
 mod tests {
@@ -427,28 +332,5 @@ mod tests {
         let (start, end) = (SCAN_BYTES - page, 2 * SCAN_BYTES + page);
         let expected = [(start, SCAN_BYTES), (SCAN_BYTES, 2 * SCAN_BYTES), (2 * SCAN_BYTES, end)];
         assert_eq!(parts_of(start, end), expected);
-    }
-
-    #[test]
-    fn what_is_held_is_what_was_there() {
-        // Bytes that tell where they are, in stretches that end anywhere in a block; more than there is room for.
-        let memory: Vec<u8> = (0..3 * BLOCK_BYTES).map(|i| ((i / 7) ^ (i >> 13)) as u8).collect();
-        let base = memory.as_ptr() as u64;
-        let stretches = [(0, 5000), (9000, BLOCK_BYTES + 1), (BLOCK_BYTES + 20_000, BLOCK_BYTES), (100, 1)];
-        let ranges: Vec<Range> =
-            stretches.iter().map(|(at, n)| range(base + *at as u64, *n as u64)).collect();
-        for second in [Second::start(), Second::default()] {
-            let mut room = Room { blocks: vec![Block::touched()], filling: 0 };
-            let mut held = room.place(Pid::this(), 1, &ranges[..2]);
-            held.extend(room.place(Pid::this(), 1, &ranges[2..]));
-            let blocks = room.fill(&second).unwrap();
-            let mut next = ranges.iter().flat_map(|r| r.addr..r.addr + r.bytes);
-            for h in held {
-                let from = (h.offset - base) as usize;
-                assert!(blocks[h.block].bytes[h.at..h.at + h.bytes] == memory[from..from + h.bytes]);
-                assert!(next.by_ref().take(h.bytes).eq(h.offset..h.offset + h.bytes as u64));
-            }
-            assert_eq!(next.next(), None);
-        }
     }
 }

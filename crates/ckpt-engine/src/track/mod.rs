@@ -6,18 +6,21 @@
 //!
 //! 1. Before the freeze: processes that are not watched yet are *attached* ([`attach`]: a short stop), and their private memory is
 //!    protected while they run ([`Tracker::begin`]).
-//! 2. In the freeze, [`Tracker::snapshot`] scans once: pages written since are protected again in the same step and copied, if they
+//! 2. Just before the freeze what has been written is copied while the job runs ([`Tracker::copy_early`]).
+//! 3. In the freeze, [`Tracker::snapshot`] scans once: pages written since are protected again in the same step and copied, if they
 //!    are few; if they are many the snapshot engine keeps them. Mappings that are not watched are saved whole, and watched from now on.
-//! 3. After the image has been published, the [`Tracking`] is left with the job's init until the next dump. A dumper that dies
+//! 4. After the image has been published, the [`Tracking`] is left with the job's init until the next dump. A dumper that dies
 //!    closes its descriptors: the kernel then ends all watching, and the next dump is a full one.
 //!
-//! Where the engine tracks by itself (the kernel module), it replaces the first two steps: [`Prepared::snapshot_changes`].
+//! Where the engine tracks by itself (the kernel module), it replaces the first three steps: [`Prepared::snapshot_changes`].
 
 pub mod attach;
 pub mod watch;
 
 mod delta;
+mod early;
 mod flags;
+mod held;
 mod second;
 
 pub use delta::Same;
@@ -183,7 +186,9 @@ pub struct Tracker {
     /// The engine tells what has been written.
     by_engine: bool,
     /// Room for the pages that were written, already touched.
-    room: delta::Room,
+    room: held::Room,
+    /// What was copied there before the freeze, once that has been done.
+    early: Option<early::Early>,
     pages: delta::Pages,
     /// By source: pages that are those of the parent.
     same: Vec<Vec<delta::Same>>,
@@ -236,7 +241,8 @@ impl Tracker {
             full_because,
             notes,
             by_engine,
-            room: delta::Room::default(),
+            room: held::Room::default(),
+            early: None,
             pages: delta::Pages::default(),
             same: Vec::new(),
             flags: Vec::new(),
@@ -271,7 +277,6 @@ impl Tracker {
         }
         job.info.tracked = t.tracking.watched().collect();
         if t.parent.is_some() {
-            t.room = delta::room(&t.tracking, job);
             t.second = second::Second::start();
             let watched = job.live().filter(|p| t.is_watched(ProcessId::of(p)));
             // What can't be prepared is read whole.
@@ -297,9 +302,23 @@ impl Tracker {
         self.tracking.processes.iter_mut().for_each(|w| w.object = None);
     }
 
+    /// Copies what has been written while the job runs, as late as possible before the freeze, and once: a second time would not find
+    /// what the first has protected.
+    ///
+    /// # Errors
+    /// If it has been interrupted, or a task does not stop; the job runs on.
+    pub fn copy_early(&mut self, job: &Job) -> Result<(), DumpError> {
+        if !self.by_engine && self.parent.is_some() && self.early.is_none() {
+            ckpt_sys::hook::before_copy();
+            self.early = Some(early::copy(&self.tracking, job, &mut self.room)?);
+        }
+        Ok(())
+    }
+
     /// The snapshot is not used, and another one will be taken: what was written before it is not known any more.
     pub fn begin_again(&mut self) {
         self.tracking.processes.iter_mut().for_each(|w| w.object = None);
+        self.early = Some(early::Early::default());
     }
 
     /// Takes the snapshot of the frozen job: by `engine` all that is not known to be unwritten.

@@ -129,6 +129,46 @@ pub fn interrupted(r: &Registers, quiet: bool) -> Interrupted {
     }
 }
 
+/// Where a call is made, and by what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CallSite {
+    /// Address of the instruction.
+    pub at: u64,
+    /// Stack pointer.
+    pub sp: u64,
+    /// Its first three arguments.
+    pub arguments: [u64; 3],
+}
+
+/// The call that the task, once it goes on, continues by restart_syscall(2): its number, which is that of restart_syscall from the second
+/// stop on, or just before it is executed. Whether what is at that address is a system call the caller has to look for then.
+pub fn continued(r: &Registers) -> Option<(i64, CallSite)> {
+    let site = |at| CallSite { at, sp: r.rsp, arguments: [r.rdi, r.rsi, r.rdx] };
+    if interrupted(r, false) == Interrupted::ByRestartBlock {
+        Some((r.orig_rax as i64, site(r.rip - SYSCALL_INSN_BYTES)))
+    } else if r.rax as i64 == libc::SYS_restart_syscall {
+        Some((libc::SYS_restart_syscall, site(r.rip)))
+    } else {
+        None
+    }
+}
+
+/// Whether these bytes are the instruction of a system call.
+pub fn is_syscall_instruction(code: &[u8]) -> bool {
+    code == [0x0f, 0x05]
+}
+
+/// The registers of a task that would continue a call ([`continued`]) for one that makes that call anew.
+pub fn begun_anew(r: &Registers, number: i64) -> Registers {
+    let mut r = *r;
+    if interrupted(&r, false) == Interrupted::ByRestartBlock {
+        r.orig_rax = number as u64;
+    } else {
+        r.rax = number as u64;
+    }
+    r
+}
+
 /// Registers with which the task executes its interrupted call again, in user mode and without the kernel's help.
 pub fn reissued(r: &Registers) -> Registers {
     let mut r = *r;
