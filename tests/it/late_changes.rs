@@ -188,26 +188,25 @@ fn dump_written(
     Ok(said)
 }
 
-/// What was written is copied before the freeze. What is written to it, or done with its mapping, after that must be in the checkpoint.
-#[test]
-fn written_memory_is_that_of_the_moment() {
-    each_ready_job("late-written", Users::Both, &Guest::new("written_late"), |sandbox, job, nonce| {
-        dump_written(BEFORE_FREEZE, job, sandbox, &[])?;
+fn prove_written(label: &str, place: &str) {
+    each_ready_job(label, Users::Both, &Guest::new("written_late"), |sandbox, job, nonce| {
+        dump_written(place, job, sandbox, &[])?;
         job.kill()?;
         job.restore(None, &[])?;
         passes(sandbox, nonce)
     });
 }
 
+/// What was written is copied before the freeze. What is written to it, or done with its mapping, after that must be in the checkpoint.
+#[test]
+fn written_memory_is_that_of_the_moment() {
+    prove_written("late-written", BEFORE_FREEZE);
+}
+
 /// Mappings are not what they were when the job was looked at: some of what is protected can't be told then.
 #[test]
 fn written_memory_of_other_mappings_is_that_of_the_moment() {
-    each_ready_job("late-mappings", Users::Both, &Guest::new("written_late"), |sandbox, job, nonce| {
-        dump_written(BEFORE_COPY, job, sandbox, &[])?;
-        job.kill()?;
-        job.restore(None, &[])?;
-        passes(sandbox, nonce)
-    });
+    prove_written("late-mappings", BEFORE_COPY);
 }
 
 /// With CKPT_TEST_IGNORE_WRITES what was written once more passes for what was copied, which the guest must notice.
