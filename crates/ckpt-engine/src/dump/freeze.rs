@@ -219,7 +219,7 @@ impl Tasks {
         // One that was made just before its maker was stopped may have handed on to another and ended while the list was
         // read. A second one that names nobody else is complete.
         let is_calm = !job.vanished && seen().all(|tid| self.stopped.contains_key(&tid));
-        let second = Some(job).filter(|_| is_calm).and_then(threads_without_newcomers);
+        let second = if is_calm { threads_without_newcomers(job) } else { None };
         let second = second.unwrap_or_else(|| all_tasks(job.info.init));
         second.into_iter().filter(running).collect()
     }

@@ -251,20 +251,19 @@ impl Process {
     ) -> Result<Option<Process>, DumpError> {
         // While one of its other threads executes a program, the list of its threads may begin with no or another thread.
         const TRIES: usize = 100;
-        let mut tries = 0;
-        let found = loop {
-            match Self::read(host, inner, before, assume, keep) {
-                Ok(p) if p.threads.first().is_none_or(|t| t.host != p.host) && tries < TRIES => {
-                    tries += 1;
-                    std::thread::yield_now();
-                }
-                found => break found,
+        let is_whole = |p: &Process| p.threads.first().is_some_and(|t| t.host == p.host);
+        let mut found = Self::read(host, inner, before, assume, keep);
+        for _ in 0..TRIES {
+            if !found.as_ref().is_ok_and(|p| !is_whole(p)) {
+                break;
             }
-        };
-        let executes = || std::io::Error::new(ErrorKind::WouldBlock, "one of its threads executes a program");
+            std::thread::yield_now();
+            found = Self::read(host, inner, before, assume, keep);
+        }
         match found {
-            Ok(p) if p.threads.first().is_none_or(|t| t.host != p.host) => {
-                Err(DumpError::process(host, "reading its threads")(executes()))
+            Ok(p) if !is_whole(&p) => {
+                let why = std::io::Error::new(ErrorKind::WouldBlock, "one of its threads executes a program");
+                Err(DumpError::process(host, "reading its threads")(why))
             }
             Ok(p) => Ok(Some(p)),
             Err(_) if !std::path::Path::new(&format!("/proc/{host}")).exists() => Ok(None),
