@@ -390,7 +390,10 @@ pub fn freeze(before: &Job, assume: bool, phases: &mut Phases) -> Result<FrozenJ
         }
         // The main thread of a process that has been made dumpable is in a stop of the injection.
         found = tasks.others(job.live().filter(|p| !opened.has(p.pid)))?;
-        if !found.is_empty() && since.elapsed() < STOP_LIMIT {
+        if let Some(tid) = found.first() {
+            if since.elapsed() > STOP_LIMIT {
+                return Err(not_stopped(*tid));
+            }
             continue;
         }
         let dispatching = refuse_dispatching(&job, &mut refusals)?;
