@@ -46,7 +46,7 @@ struct Tasks {
 struct Stopped {
     /// The signal of a group stop, SIGTRAP otherwise.
     signal: i32,
-    /// Its registers, which nobody else can change; none if it was killed meanwhile.
+    /// Its registers, which nobody else can change; none if it was killed meanwhile. That it is still the same task, [`Tasks::others`] finds out.
     registers: Option<arch::Registers>,
 }
 
